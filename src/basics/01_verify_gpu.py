@@ -17,11 +17,7 @@ import sys
 import torch
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-OLDEST_DRIVER = {
-    "11": 450,
-    "12": 525,
-    "13": 580,
-}  # per CUDA generation, from NVIDIA's documentation
+OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}  # for each CUDA, says NVIDIA's documentation
 
 
 # BUILD: what PyTorch was built for, and which driver it finds.
@@ -29,12 +25,10 @@ def find_driver():
     """Ask nvidia-smi, which answers even when PyTorch cannot use the GPU; None without one."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        answer = subprocess.check_output(query, stderr=subprocess.DEVNULL, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return (
-        answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout else None
-    )
+    return answer.split()[0] if answer.split() else None
 
 
 def show_build(driver):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,14 +80,6 @@ def load_images(name, limit=None):
     return train, test, name
 
 
-# LOADER: the sampler draws a batch of shuffled indices, and the data set answers with the whole
-# batch in one go. DataLoader(data, batch_size=64, shuffle=True) would ask for 64 single images.
-def make_loader(images, labels):
-    data = TensorDataset(images, labels)
-    sampler = BatchSampler(RandomSampler(data), BATCH_SIZE, drop_last=False)
-    return DataLoader(data, sampler=sampler, batch_size=None)
-
-
 # MODEL: the image as one row of 784 numbers, then three layers.
 class MLP(nn.Module):
     def __init__(self):
@@ -131,7 +123,8 @@ def evaluate(model, images, labels):
 def main(quick=False):
     torch.manual_seed(SEED)
     train_data, test_data, source = load_images("MNIST", limit=2000 if quick else None)
-    loader = make_loader(*train_data)
+    # The notes decode and convert every image anew at each visit; these are tensors already.
+    loader = DataLoader(TensorDataset(*train_data), BATCH_SIZE, shuffle=True)
     images, labels = next(iter(loader))
     print(f"Training images: {len(train_data[0])}, test images: {len(test_data[0])}")
     print(f"One batch: images {tuple(images.shape)}, labels {tuple(labels.shape)}")

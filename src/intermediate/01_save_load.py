@@ -88,9 +88,7 @@ def load(model, path, command):
 def compare(model, reloaded):
     others = reloaded.state_dict()
     for name, tensor in model.state_dict().items():
-        print(
-            f"  {name:14} {tuple(tensor.shape)!s:7} equal: {torch.equal(tensor, others[name])}"
-        )
+        print(f"  {name:14} {tuple(tensor.shape)!s:7} equal: {torch.equal(tensor, others[name])}")
     same = all(torch.equal(tensor, others[name]) for name, tensor in model.state_dict().items())
     return "identical" if same else "different"
 

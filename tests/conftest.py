@@ -1,0 +1,60 @@
+"""What all tests share: the lessons, a copy of the course to run them in, and no network."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import run_course
+
+LESSONS = run_course.find_lessons()
+REAL_DATA = (ROOT / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte").exists()
+OFFLINE = {  # a proxy that nobody answers: a download fails at once, on every machine
+    "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def pytest_configure(config):
+    os.environ.update(OFFLINE)
+
+
+@pytest.fixture(scope="session")
+def course(tmp_path_factory):
+    """A copy of the lessons, under a path with blanks and umlauts, with the real data if it is here."""
+    return copy_course(tmp_path_factory.mktemp("Kurs für alle"), with_data=True)
+
+
+def copy_course(folder, with_data):
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "data").mkdir()
+    for name in ("MNIST", "FashionMNIST"):
+        if with_data and (ROOT / "data" / name / "raw").exists():
+            (folder / "data" / name).symlink_to(ROOT / "data" / name)
+    return folder
+
+
+def run(course, lesson, *flags, **options):
+    """Run a lesson of a copied course as a learner does, but from another working directory."""
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-W", "error::FutureWarning"]
+    path = course / "src" / f"{lesson}.py"
+    return subprocess.run(
+        [*command, path, *flags], check=False, capture_output=True, text=True, cwd="/", **options
+    )
+
+
+def load_lesson(name, root=ROOT):
+    """Import a lesson as a module; its ROOT is the folder that it lies in."""
+    path = root / "src" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,209 @@
+"""The rules of the house: cards, copies, records and documents agree, and a lie is found out."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import run_course
+from conftest import LESSONS, ROOT
+
+OWN_WAY = {"main", "train", "evaluate", "draw", "predict", "measure"}  # each lesson writes its own
+
+
+def trees():
+    return {lesson: ast.parse(lesson.read_text(encoding="utf-8")) for lesson in LESSONS}
+
+
+def test_cards_name_the_real_command_and_what_they_promise():
+    for lesson in LESSONS:
+        card = run_course.read_card(lesson)
+        assert set(card) == {"Title", "Run", "Needs", "Makes", "Expect"}, lesson
+        assert card["Run"] == f"uv run {lesson.relative_to(ROOT).as_posix()}"
+        assert re.fullmatch(r"[\w-].+: .+\.", card["Title"]), lesson
+
+
+def test_every_need_is_made_by_an_earlier_lesson_and_nothing_is_made_twice():
+    made = []
+    for lesson in LESSONS:
+        card = run_course.read_card(lesson)
+        assert set(run_course.files_in(card["Needs"])) <= set(made), lesson
+        made += run_course.files_in(card["Makes"])
+    assert len(made) == len(set(made))
+
+
+def same_name_other_code(trees):
+    first_seen, drifted = {}, []
+    for lesson, tree in trees.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name not in OWN_WAY:
+                first, code = first_seen.setdefault(node.name, (lesson, ast.dump(node)))
+                if ast.dump(node) != code:
+                    drifted.append(f"{node.name}: {lesson.stem} differs from {first.stem}")
+    return drifted
+
+
+def test_same_name_means_same_code():
+    assert same_name_other_code(trees()) == []
+
+
+def test_a_drifted_copy_is_found():
+    drifted = trees()
+    lesson = next(path for path in LESSONS if path.stem == "05_gpu_training")
+    changed = lesson.read_text(encoding="utf-8").replace(
+        "nn.Linear(784, 128)", "nn.Linear(784, 129)"
+    )
+    drifted[lesson] = ast.parse(changed)
+    assert same_name_other_code(drifted) == ["MLP: 05_gpu_training differs from 09_mnist"]
+
+
+def test_a_lesson_stands_alone_and_is_portable():
+    own = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts} | {
+        "src",
+        "scripts",
+    }
+    for lesson, tree in trees().items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & own, lesson
+        text = lesson.read_text(encoding="utf-8")
+        assert not re.search(r"\.cuda\(\)|device\(['\"]cuda|weights_only=False", text), lesson
+        assert len(text.splitlines()) <= 200, f"{lesson} is too long to read in ten minutes"
+
+
+def test_top_level_holds_what_was_asked_for_and_nothing_else():
+    listed = subprocess.run(
+        ["git", "ls-files"], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines() if not line.startswith(".")}
+    assert top <= {"pyproject.toml", "README.md", "src", "tests", "models", "data", "scripts"} | {
+        "CHEATSHEET.md",
+        "LICENSE",
+    }
+
+
+# RECORDS: what the documents show is what a recorded run printed, and it keeps the cards' promises.
+def test_documents_tell_the_truth():
+    assert run_course.find_untruths() == []
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ("src", "tests", "data/results", "models"):
+        ignore = shutil.ignore_patterns("*.pth", "plots", "quick", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    for name in ("README.md", "CHEATSHEET.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+MUTATIONS = {
+    "a digit in the README": ("README.md", r"(test_accuracy = 9)\d", r"\g<1>1", "README.md"),
+    "a digit in the cheat sheet": (
+        "CHEATSHEET.md",
+        r"(52,1)38 \| always",
+        r"\g<1>39",
+        "CHEATSHEET",
+    ),
+    "a missed promise in a capture": (
+        "tests/outputs/intermediate/02_cnn.txt",
+        r"test_accuracy = \d+",
+        "test_accuracy = 91",
+        "promised test_accuracy >= 98.5 %",
+    ),
+    "a digit in a capture": (
+        "tests/outputs/basics/06_training.txt",
+        r"Loss: \d",
+        "Loss: 7",
+        "README.md",
+    ),
+    "a capture on the stand-in": (
+        "tests/outputs/intermediate/02_cnn.txt",
+        "data = MNIST",
+        "data = scikit-learn digits",
+        "promised data = MNIST",
+    ),
+    "a capture without its machine": (
+        "tests/outputs/basics/02_tensors.txt",
+        r"\A.*\n",
+        "somewhere\n",
+        "does not say when and where",
+    ),
+    "a stricter card": (
+        "src/basics/09_mnist.py",
+        ">= 97.5 %",
+        ">= 99.5 %",
+        "promised test_accuracy",
+    ),
+    "a digit in the record of the seeds": (
+        "data/results/seeds.json",
+        r"(test_accuracy = 9)8(\.\d+%, parameters = 52)",
+        r"\g<1>7\2",
+        "promised test_accuracy",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
+def test_a_lie_is_found(copy, mutation):
+    file, pattern, replacement, complaint = mutation
+    text = (copy / file).read_text(encoding="utf-8")
+    changed = re.sub(pattern, replacement, text, count=1)
+    assert changed != text, "the mutation changes nothing"
+    (copy / file).write_text(changed, encoding="utf-8")
+    untruths = run_course.find_untruths(copy)
+    assert any(complaint in untruth for untruth in untruths), untruths
+
+
+@pytest.mark.parametrize(
+    ("expect", "output", "broken"),
+    [
+        ("loss <= 0.5", "Result: loss = 0.4", 0),
+        ("loss <= 0.5", "Result: loss = 0.6", 1),
+        (
+            "accuracy >= 98.5 %, parameters = 52,138",
+            "Result: accuracy = 98.50%, parameters = 52,138",
+            0,
+        ),
+        ("accuracy >= 98.5 %", "Result: accuracy = 98.49%", 1),
+        ("accuracy >= 98.5 %", "no result at all", 1),
+        ("data = MNIST", "Result: data = scikit-learn digits", 1),
+        ("loss <= 0.5", "Result: loss = nan", 1),
+    ],
+)
+def test_promises_are_compared_as_numbers(expect, output, broken):
+    assert len(run_course.broken_promises({"Expect": expect}, output)) == broken
+
+
+def test_readme_has_a_step_for_every_lesson():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for lesson in LESSONS:
+        assert f"<!-- output {run_course.name_of(lesson)} -->" in readme, lesson
+        assert f"    {run_course.read_card(lesson)['Run']}\n" in readme, lesson
+
+
+def test_links_inside_the_documents_lead_somewhere():
+    for document in run_course.DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        anchors = set(re.findall(r'<a id="([\w-]+)">', text))
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in anchors, f"{document}: {target}"
+            elif not target.startswith("http"):
+                assert ((ROOT / document).parent / target.split("#")[0]).exists(), target
+
+
+def test_cheat_sheet_code_runs(tmp_path):
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "CHEATSHEET.md").read_text("utf-8"), re.DOTALL
+    )
+    assert len(blocks) >= 8
+    (tmp_path / "sheet.py").write_text("\n".join(blocks), encoding="utf-8")
+    command = [sys.executable, "-W", "error::FutureWarning", "sheet.py"]
+    run = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
