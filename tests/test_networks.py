@@ -101,7 +101,7 @@ def test_noise_labels_know_nothing_of_the_rule():
     lesson = load_lesson("intermediate/03_overfitting_dropout")
     torch.manual_seed(0)
     for noise, expected in ((0.0, 1.0), (0.4, 0.8), (1.0, 0.5)):
-        inputs, labels = lesson.make_samples(20_000, noise)
+        inputs, labels = lesson.make_noisy_samples(20_000, noise)
         agreement = ((inputs.sum(dim=1) > 0) == labels).float().mean().item()
         assert agreement == pytest.approx(expected, abs=0.02)
 

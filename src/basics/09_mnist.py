@@ -28,18 +28,14 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE, SEED = 5, 64, 3e-3, 42
 
 
 # DATA: MNIST from data/, else from the network, else the small digits that scikit-learn carries.
-def read_images(name):
-    """Read (images [N, 1, 28, 28] in 0..1, labels [N]) for training and for testing from data/."""
-    splits = []
-    for part in ("train", "t10k"):
-        file = ROOT / "data" / name / "raw" / part
-        labels = np.fromfile(f"{file}-labels-idx1-ubyte", np.uint8)[8:]  # behind the header
-        images = np.fromfile(f"{file}-images-idx3-ubyte", np.uint8)[16:]
-        if labels.max() > 9:  # like an empty or a shortened file, a ValueError
-            raise ValueError("not ten classes")
-        images = torch.from_numpy(images.reshape(len(labels), 1, 28, 28)).float().div_(255)
-        splits.append((images, torch.from_numpy(labels).long()))
-    return splits
+def read_images(name, part):
+    """Read images [N, 1, 28, 28] in 0..1 and labels [N]; OSError or ValueError if the files are bad."""
+    file = ROOT / "data" / name / "raw" / part
+    labels = np.fromfile(f"{file}-labels-idx1-ubyte", np.uint8)[8:]  # behind the header
+    images = np.fromfile(f"{file}-images-idx3-ubyte", np.uint8)[16:].reshape(len(labels), 1, 28, 28)
+    if not len(labels):
+        raise ValueError(f"{file} is empty")
+    return torch.from_numpy(images).float().div_(255), torch.from_numpy(labels).long()
 
 
 def download_images(name):
@@ -54,7 +50,7 @@ def download_images(name):
 
 
 def read_small_digits():
-    """Enlarge scikit-learn's 8 x 8 digits; 1,437 to train on, 42 times over, and 360 to test."""
+    """Enlarge scikit-learn's 8 x 8 digits: 1,437 to train on, 42 times over, and 360 to test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -62,17 +58,17 @@ def read_small_digits():
     images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
     labels = torch.tensor(digits.target)
     train = images[:1437].repeat(42, 1, 1, 1), labels[:1437].repeat(42)
-    return [train, (images[1437:], labels[1437:])]
+    return train, (images[1437:], labels[1437:])
 
 
 def load_images(name, limit=None):
     """Return (images, labels) for training, the same for testing, and the name of the data set."""
     try:
         try:
-            splits = read_images(name)
+            splits = read_images(name, "train"), read_images(name, "t10k")
         except (OSError, ValueError):  # not there yet, or damaged
             download_images(name)
-            splits = read_images(name)
+            splits = read_images(name, "train"), read_images(name, "t10k")
     except Exception as error:  # whatever keeps the data away, the lesson goes on
         print(f"{name} is out of reach ({type(error).__name__}): scikit-learn's digits stand in")
         splits, name = read_small_digits(), "scikit-learn digits"
@@ -100,17 +96,16 @@ def train(model, loader, epochs):
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     for epoch in range(1, epochs + 1):
-        total, count = 0.0, 0
+        total = 0.0
         for images, labels in tqdm(loader, f"Epoch {epoch}", leave=False, disable=None):
             images, labels = images.to(DEVICE), labels.to(DEVICE)
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.detach() * len(labels)
-            count += len(labels)
+            total += loss.detach()
         schedule.step()
-        print(f"Epoch {epoch}/{epochs} | Loss: {total / count:.4f}")
+        print(f"Epoch {epoch}/{epochs} | Loss: {total / len(loader):.4f}")
 
 
 # EVALUATE: the test images are used once, when training is over.

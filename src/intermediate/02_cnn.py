@@ -30,18 +30,14 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE, SEED = 2, 64, 7e-3, 42
 
 
 # DATA: as in basics/09_mnist.py.
-def read_images(name):
-    """Read (images [N, 1, 28, 28] in 0..1, labels [N]) for training and for testing from data/."""
-    splits = []
-    for part in ("train", "t10k"):
-        file = ROOT / "data" / name / "raw" / part
-        labels = np.fromfile(f"{file}-labels-idx1-ubyte", np.uint8)[8:]  # behind the header
-        images = np.fromfile(f"{file}-images-idx3-ubyte", np.uint8)[16:]
-        if labels.max() > 9:  # like an empty or a shortened file, a ValueError
-            raise ValueError("not ten classes")
-        images = torch.from_numpy(images.reshape(len(labels), 1, 28, 28)).float().div_(255)
-        splits.append((images, torch.from_numpy(labels).long()))
-    return splits
+def read_images(name, part):
+    """Read images [N, 1, 28, 28] in 0..1 and labels [N]; OSError or ValueError if the files are bad."""
+    file = ROOT / "data" / name / "raw" / part
+    labels = np.fromfile(f"{file}-labels-idx1-ubyte", np.uint8)[8:]  # behind the header
+    images = np.fromfile(f"{file}-images-idx3-ubyte", np.uint8)[16:].reshape(len(labels), 1, 28, 28)
+    if not len(labels):
+        raise ValueError(f"{file} is empty")
+    return torch.from_numpy(images).float().div_(255), torch.from_numpy(labels).long()
 
 
 def download_images(name):
@@ -56,7 +52,7 @@ def download_images(name):
 
 
 def read_small_digits():
-    """Enlarge scikit-learn's 8 x 8 digits; 1,437 to train on, 42 times over, and 360 to test."""
+    """Enlarge scikit-learn's 8 x 8 digits: 1,437 to train on, 42 times over, and 360 to test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -64,17 +60,17 @@ def read_small_digits():
     images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
     labels = torch.tensor(digits.target)
     train = images[:1437].repeat(42, 1, 1, 1), labels[:1437].repeat(42)
-    return [train, (images[1437:], labels[1437:])]
+    return train, (images[1437:], labels[1437:])
 
 
 def load_images(name, limit=None):
     """Return (images, labels) for training, the same for testing, and the name of the data set."""
     try:
         try:
-            splits = read_images(name)
+            splits = read_images(name, "train"), read_images(name, "t10k")
         except (OSError, ValueError):  # not there yet, or damaged
             download_images(name)
-            splits = read_images(name)
+            splits = read_images(name, "train"), read_images(name, "t10k")
     except Exception as error:  # whatever keeps the data away, the lesson goes on
         print(f"{name} is out of reach ({type(error).__name__}): scikit-learn's digits stand in")
         splits, name = read_small_digits(), "scikit-learn digits"
@@ -142,10 +138,10 @@ def draw(model, images, labels, predicted):
     for place, axes in enumerate(figure.subplots(3, 8).flat):
         axes.axis("off")
         if place < 8:
-            axes.imshow(model.conv1.weight[place, 0].detach().cpu(), cmap="coolwarm")
+            axes.imshow(model.conv1.weight[place, 0].detach().cpu().numpy(), cmap="coolwarm")
         elif place - 8 < len(wrong):
             digit = wrong[place - 8]
-            axes.imshow(images[digit, 0].cpu(), cmap="gray_r")
+            axes.imshow(images[digit, 0].cpu().numpy(), cmap="gray_r")
             axes.set_title(f"{labels[digit]} read as {predicted[digit]}", fontsize=8)
     figure.suptitle("The filters of conv1, and digits that it gets wrong", fontsize=10)
     return figure

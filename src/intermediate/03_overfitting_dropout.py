@@ -34,7 +34,7 @@ TASKS = {  # name: number of training samples, share of the labels that are toss
 
 
 # DATA: ten numbers to each sample. The rule labels it by its sum; noise tosses a coin instead.
-def make_samples(count, noise):
+def make_noisy_samples(count, noise):
     """Return inputs [count, 10] and labels [count], of which the share called noise is tossed."""
     inputs = torch.randn(count, 10)
     labels = (inputs.sum(dim=1) > 0).float()
@@ -83,10 +83,10 @@ def measure(count, noise, dropout, epochs, repeats):
     train_accuracies, test_accuracies = [], []
     for seed in range(SEED, SEED + repeats):
         torch.manual_seed(seed)
-        samples, model = make_samples(count, noise), DropoutNet(dropout).to(DEVICE)
+        samples, model = make_noisy_samples(count, noise), DropoutNet(dropout).to(DEVICE)
         train(model, *samples, epochs)
         train_accuracies.append(evaluate(model, *samples))
-        test_accuracies.append(evaluate(model, *make_samples(2000, noise)))
+        test_accuracies.append(evaluate(model, *make_noisy_samples(2000, noise)))
     return train_accuracies, test_accuracies
 
 

@@ -21,28 +21,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-EPOCHS, BATCH_SIZE, LEARNING_RATE, SEED = 5, 64, 3e-3, 42
-PINNED, WORKERS, PASSES = DEVICE.type == "cuda", 2, 5
+EPOCHS, BATCH_SIZE, LEARNING_RATE, WORKERS, SEED = 5, 64, 3e-3, 2, 42
 
 
 # DATA: as in basics/09_mnist.py.
-def read_images(name):
-    """Read (images [N, 1, 28, 28] in 0..1, labels [N]) for training and for testing from data/."""
-    splits = []
-    for part in ("train", "t10k"):
-        file = ROOT / "data" / name / "raw" / part
-        labels = np.fromfile(f"{file}-labels-idx1-ubyte", np.uint8)[8:]  # behind the header
-        images = np.fromfile(f"{file}-images-idx3-ubyte", np.uint8)[16:]
-        if labels.max() > 9:  # like an empty or a shortened file, a ValueError
-            raise ValueError("not ten classes")
-        images = torch.from_numpy(images.reshape(len(labels), 1, 28, 28)).float().div_(255)
-        splits.append((images, torch.from_numpy(labels).long()))
-    return splits
+def read_images(name, part):
+    """Read images [N, 1, 28, 28] in 0..1 and labels [N]; OSError or ValueError if the files are bad."""
+    file = ROOT / "data" / name / "raw" / part
+    labels = np.fromfile(f"{file}-labels-idx1-ubyte", np.uint8)[8:]  # behind the header
+    images = np.fromfile(f"{file}-images-idx3-ubyte", np.uint8)[16:].reshape(len(labels), 1, 28, 28)
+    if not len(labels):
+        raise ValueError(f"{file} is empty")
+    return torch.from_numpy(images).float().div_(255), torch.from_numpy(labels).long()
 
 
 def download_images(name):
@@ -57,7 +52,7 @@ def download_images(name):
 
 
 def read_small_digits():
-    """Enlarge scikit-learn's 8 x 8 digits; 1,437 to train on, 42 times over, and 360 to test."""
+    """Enlarge scikit-learn's 8 x 8 digits: 1,437 to train on, 42 times over, and 360 to test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -65,17 +60,17 @@ def read_small_digits():
     images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
     labels = torch.tensor(digits.target)
     train = images[:1437].repeat(42, 1, 1, 1), labels[:1437].repeat(42)
-    return [train, (images[1437:], labels[1437:])]
+    return train, (images[1437:], labels[1437:])
 
 
 def load_images(name, limit=None):
     """Return (images, labels) for training, the same for testing, and the name of the data set."""
     try:
         try:
-            splits = read_images(name)
+            splits = read_images(name, "train"), read_images(name, "t10k")
         except (OSError, ValueError):  # not there yet, or damaged
             download_images(name)
-            splits = read_images(name)
+            splits = read_images(name, "train"), read_images(name, "t10k")
     except Exception as error:  # whatever keeps the data away, the lesson goes on
         print(f"{name} is out of reach ({type(error).__name__}): scikit-learn's digits stand in")
         splits, name = read_small_digits(), "scikit-learn digits"
@@ -101,74 +96,61 @@ class MLP(nn.Module):
 def show_mistakes(images, labels):
     # Without a GPU the "meta" device plays its part: it knows shapes but holds no numbers.
     device = DEVICE if DEVICE.type != "cpu" else torch.device("meta")
-    model = MLP().to(device)
+    model, moved = MLP().to(device), images.to(device)
     mistakes = {
-        "model left behind": lambda: MLP()(images.to(device)),
+        "model left behind": lambda: MLP()(moved),
         "images left behind": lambda: model(images),
-        "labels left behind": lambda: F.cross_entropy(model(images.to(device)), labels),
-        "labels left behind in the evaluation": lambda: (
-            model(images.to(device)).argmax(dim=1) == labels
-        ),
+        "labels left behind": lambda: F.cross_entropy(model(moved), labels),
+        "labels left behind in the test": lambda: model(moved).argmax(dim=1) == labels,
     }
     for name, mistake in mistakes.items():
         try:
             mistake()
-            print(f"  {name}: no error")
         except RuntimeError as error:
             print(f"  {name}: {str(error).splitlines()[0]}")
 
 
 # MEASURE: how many images a second each way of loading brings to the device.
-class FlippedImages(Dataset):
+class FlippedImages(TensorDataset):
     """One image at a time, flipped and shifted at random: work that the CPU does for every image."""
 
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.labels)
-
     def __getitem__(self, index):
-        image = self.images[index]
+        image, label = super().__getitem__(index)
         image = image.flip(-1) if torch.rand(()) < 0.5 else image
-        return image.roll(torch.randint(-2, 3, (2,)).tolist(), dims=(1, 2)), self.labels[index]
+        return image.roll(torch.randint(-2, 3, (2,)).tolist(), dims=(1, 2)), label
 
 
 def measure(loader, non_blocking=False):
-    """Return the median images per second over PASSES passes, after one that does not count."""
+    """Return the median images per second over five passes, after one that does not count."""
     rates = []
-    for _ in range(PASSES + 1):
-        start, count = time.perf_counter(), 0
-        for images, labels in loader:
-            images.to(DEVICE, non_blocking=non_blocking)
-            labels.to(DEVICE, non_blocking=non_blocking)
-            count += len(labels)
+    for _ in range(6):
+        start = time.perf_counter()
+        for batch in loader:
+            [tensor.to(DEVICE, non_blocking=non_blocking) for tensor in batch]
         if DEVICE.type != "cpu":  # a GPU works on by itself: wait for it before reading the clock
             torch.accelerator.synchronize()
-        rates.append(count / (time.perf_counter() - start))
+        rates.append(len(loader.dataset) / (time.perf_counter() - start))
     return median(rates[1:])
 
 
 def compare_loaders(images, labels):
     tensors, flipped = TensorDataset(images, labels), FlippedImages(images, labels)
-    workers = {"num_workers": WORKERS, "persistent_workers": True}
-    pinned = {"pin_memory": PINNED, **workers}
-    loaders = {
-        "tensors, batch_size=64": DataLoader(tensors, 64, shuffle=True),
-        "tensors, batch_size=512": DataLoader(tensors, 512, shuffle=True),
-        f"  with num_workers={WORKERS}": DataLoader(tensors, 512, shuffle=True, **workers),
-        "flipped, batch_size=512": DataLoader(flipped, 512, shuffle=True),
-        f"  with num_workers={WORKERS} too": DataLoader(flipped, 512, shuffle=True, **workers),
-        "  and pin_memory, non_blocking": DataLoader(flipped, 512, shuffle=True, **pinned),
+    workers = {"num_workers": WORKERS, "persistent_workers": WORKERS > 0}
+    settings = {
+        "tensors, batch_size=64": (tensors, 64, {}),
+        "tensors, batch_size=512": (tensors, 512, {}),
+        f"  with num_workers={WORKERS}": (tensors, 512, workers),
+        "flipped, batch_size=512": (flipped, 512, {}),
+        f"  with num_workers={WORKERS} too": (flipped, 512, workers),
+        "  and pin_memory, non_blocking": (flipped, 512, {**workers, "pin_memory": True}),
     }
-    first = None
-    for name, loader in loaders.items():
-        if "pin_memory" in name and not PINNED:
+    for name, (data, batch_size, options) in settings.items():
+        pinned = "pin_memory" in options
+        if pinned and DEVICE.type != "cuda":
             print(f"  {name:31} needs a CUDA device: not measured")
             continue
-        rate = measure(loader, non_blocking="non_blocking" in name)
-        first = first or rate
-        print(f"  {name:31} {rate:10,.0f} images/s, {rate / first:5.2f} x the first")
+        rate = measure(DataLoader(data, batch_size, shuffle=True, **options), non_blocking=pinned)
+        print(f"  {name:31} {rate:10,.0f} images/s")
 
 
 # TRAIN: the model has moved already; images and labels follow, batch by batch.
@@ -176,24 +158,22 @@ def train(model, loader, epochs):
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     for epoch in range(1, epochs + 1):
-        total, count = 0.0, 0
+        total = 0.0
         for images, labels in tqdm(loader, f"Epoch {epoch}", leave=False, disable=None):
             images, labels = images.to(DEVICE), labels.to(DEVICE)
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.detach() * len(labels)
-            count += len(labels)
+            total += loss.detach()
         schedule.step()
-        print(f"Epoch {epoch}/{epochs} | Loss: {total / count:.4f}")
+        print(f"Epoch {epoch}/{epochs} | Loss: {total / len(loader):.4f}")
 
 
 # EVALUATE: images and labels go to the device here too.
 @torch.inference_mode()
 def evaluate(model, images, labels):
-    predicted = model(images.to(DEVICE)).argmax(dim=1)
-    return (predicted == labels.to(DEVICE)).float().mean().item()
+    return (model(images.to(DEVICE)).argmax(dim=1) == labels.to(DEVICE)).float().mean().item()
 
 
 def main(quick=False):
@@ -204,16 +184,11 @@ def main(quick=False):
     print("How fast the images arrive")
     compare_loaders(*(tensor[:10_000] for tensor in train_data))
     model = MLP().to(DEVICE)
-    train(
-        model,
-        DataLoader(TensorDataset(*train_data), BATCH_SIZE, shuffle=True),
-        epochs=1 if quick else EPOCHS,
-    )
+    loader = DataLoader(TensorDataset(*train_data), BATCH_SIZE, shuffle=True)
+    train(model, loader, epochs=1 if quick else EPOCHS)
+    accuracy = evaluate(model, *test_data)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"Result: test_accuracy = {evaluate(model, *test_data):.2%}, parameters = {parameters:,}, "
-        f"data = {source}"
-    )
+    print(f"Result: test_accuracy = {accuracy:.2%}, parameters = {parameters:,}, data = {source}")
 
 
 if __name__ == "__main__":
