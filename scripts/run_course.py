@@ -11,6 +11,7 @@ A LESSON is a part of its path, such as 02_cnn; without one, all lessons are mea
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import date
 from pathlib import Path
 
@@ -31,8 +33,12 @@ CLAIMS = [  # what the notes report: in words, in their number, and where this c
     ("its parameters", "109,386", "basics/09_mnist", "parameters"),
     ("MNIST, CNN", "98.79 %", "intermediate/02_cnn", "test_accuracy"),
     ("its parameters", "52,138", "intermediate/02_cnn", "parameters"),
-    ("20 samples of noise, test", "58 %", "intermediate/03_overfitting_dropout", "noise_test"),
-    ("200 real samples, test", "97.80 %", "intermediate/03_overfitting_dropout", "rule_test"),
+    ("20 coin tosses, test", "58 %", "intermediate/03_overfitting_dropout", "noise_test"),
+    ("200 samples of a rule, test", "97.80 %", "intermediate/03_overfitting_dropout", "rule_test"),
+    ("parameters of a block of width 8", "776", "llm/03_transformer_block", "block"),
+    ("parameters of GPT-2 small", "117 M", "llm/03_transformer_block", "gpt2_small"),
+    ("parameters of MiniGPT", "25,103", "llm/04_mini_gpt", "parameters"),
+    ("its loss", "0.16 to 0.28", "llm/04_mini_gpt", "loss"),
 ]
 MARKER = re.compile(r"(<!-- (output|table) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -92,6 +98,19 @@ def broken_promises(card, output):
     return broken
 
 
+def describe_gpu():
+    import torch
+
+    if torch.backends.mps.is_available():
+        return "Apple GPU"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def hash_code(lesson):
+    """Return eight digits that change with any change of a lesson."""
+    return hashlib.sha256(lesson.read_bytes()).hexdigest()[:8]
+
+
 def describe_machine():
     """Return one line on when, where and with what a run was made."""
     import torch
@@ -101,11 +120,8 @@ def describe_machine():
         cpu = re.search(
             r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text() + "model name: " + cpu
         )[1]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    if torch.backends.mps.is_available():
-        gpu = "Apple GPU"
     return (
-        f"{date.today()}, {cpu}, {os.cpu_count()} cores, {gpu}, "
+        f"{date.today()}, {cpu}, {os.cpu_count()} cores, {describe_gpu()}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 
@@ -133,12 +149,16 @@ def run_lesson(lesson, *flags):
 def record(lessons):
     """Make a full run of each lesson and keep its output, if it keeps the card's promise."""
     for lesson in lessons:
+        start = time.perf_counter()
         output = run_lesson(lesson)
+        seconds = f"{time.perf_counter() - start:.0f} s"
         if broken := broken_promises(read_card(lesson), output):
             sys.exit(f"{name_of(lesson)} is not recorded: {'; '.join(broken)}")
         path = capture_path(lesson)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{describe_machine()}\n{output}", encoding="utf-8")
+        path.write_text(
+            f"{describe_machine()}, code {hash_code(lesson)}\n{output}", encoding="utf-8"
+        )
         print(f"{name_of(lesson)}: {output.splitlines()[-1]}", flush=True)
 
 
@@ -153,12 +173,19 @@ lesson.main()
 """
 
 
+def has_seed(lesson):
+    return (
+        re.search(r"^[A-Z_, ]*\bSEED = ", lesson.read_text(encoding="utf-8"), re.MULTILINE)
+        is not None
+    )
+
+
 def try_seeds(lessons):
     """Run each lesson that has a SEED with seeds 0 to 4, away from models/, and keep the results."""
     path = ROOT / "data" / "results" / "seeds.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for lesson in lessons:
-        if not re.search(r"^[A-Z_, ]*\bSEED = ", lesson.read_text(encoding="utf-8"), re.MULTILINE):
+        if not has_seed(lesson):
             continue
         lines = []
         for seed in range(5):
@@ -252,8 +279,12 @@ def find_untruths(root=ROOT):
             recorded = False  # nor can the documents be rendered
             continue
         machine, output = read_capture(lesson, root)
-        if not re.match(r"\d{4}-\d\d-\d\d, .+, torch \d.+, Python 3", machine):
+        if not re.match(r"\d{4}-\d\d-\d\d, .+, torch \d.+, Python 3.+, \d+ s, ", machine):
             untruths.append(f"{name_of(lesson)}: the recorded output does not say when and where")
+        if not machine.endswith(f", code {hash_code(lesson)}"):
+            untruths.append(f"{name_of(lesson)} has changed since its output was recorded")
+        if has_seed(lesson) and len(seeds.get(name_of(lesson), {}).get("results", [])) < 5:
+            untruths.append(f"{name_of(lesson)} has no record of five seeds")
         for broken in broken_promises(card, output):
             untruths.append(f"{name_of(lesson)}, recorded output: {broken}")
         for seed, line in enumerate(seeds.get(name_of(lesson), {}).get("results", [])):

@@ -9,11 +9,19 @@ case "${1:-}" in
     *) echo "usage: scripts/setup_rhel9.sh (no arguments; it only looks)" >&2; exit 2 ;;
 esac
 
+cd "$(dirname "$0")/.." || exit 1
 missing=0
 good() { printf '  ok       %s\n' "$1"; }
 note() { printf '  optional %s\n' "$1"; [ $# = 1 ] || printf '           type: %s\n' "$2"; }
 lack() { printf '  MISSING  %s\n           type: %s\n' "$1" "$2"; missing=1; }
 have() { command -v "$1" >/dev/null 2>&1; }
+enable() { # the name on RHEL itself, the name on its rebuilds
+    if [ "$(setting ID)" = rhel ]; then
+        echo "sudo subscription-manager repos --enable $1"
+    else
+        echo "sudo dnf config-manager --set-enabled $2"
+    fi
+}
 setting() { sed -n "s/^$1=\"\{0,1\}\([^\"]*\).*/\1/p" /etc/os-release 2>/dev/null; }
 
 echo "System"
@@ -27,39 +35,45 @@ if have dnf; then
         if dnf -q repolist 2>/dev/null | grep -qi "$part"; then
             good "repository $part"
         else
-            lack "repository $part" "sudo subscription-manager repos --enable rhel-9-for-x86_64-$part-rpms"
+            lack "repository $part" "$(enable "rhel-9-for-x86_64-$part-rpms" "$part")"
         fi
     done
     if dnf -q repolist 2>/dev/null | grep -qiE 'codeready|crb'; then
         good "CodeReady Builder, from which the driver's build tools come"
     else
         note "CodeReady Builder, for building the driver" \
-            "sudo subscription-manager repos --enable codeready-builder-for-rhel-9-x86_64-rpms"
+            "$(enable codeready-builder-for-rhel-9-x86_64-rpms crb)"
     fi
 fi
 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
-if [ "$free" -ge 12 ]; then
+if [ -d .venv ]; then
+    good "the packages are installed already: .venv"
+elif [ "$free" -ge 12 ]; then
     good "$free GiB free here; PyTorch with its CUDA libraries takes about 7"
 else
     lack "12 GiB of disk, of which only $free are free here" "df -h . (then make room, or move the course)"
 fi
 
 echo "GPU"
+install_driver="sudo dnf module reset nvidia-driver && sudo dnf module install nvidia-driver:550-dkms"
 if ! have lspci; then
     note "lspci, to see whether a card is there" "sudo dnf install pciutils"
 elif ! lspci | grep -qiE '(vga|3d|display).*nvidia'; then
     note "an NVIDIA card: none is on the PCI bus, so the lessons will use the CPU"
 fi
-if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) \
-    && [ -n "$driver" ]; then
+driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+if [[ "$driver" =~ ^[0-9]+\. ]]; then
     if [ "${driver%%.*}" -ge 525 ]; then
         good "driver $driver; CUDA 12, which PyTorch brings along, needs 525 or newer"
     else
-        lack "a newer driver than $driver; CUDA 12 needs 525" "sudo dnf module install nvidia-driver:550-dkms"
+        lack "a newer driver than $driver; CUDA 12 needs 525" "$install_driver"
     fi
+elif have nvidia-smi; then
+    lack "a driver that is loaded: nvidia-smi is here but fails" \
+        "sudo reboot (and if that does not help: mokutil --sb-state; dkms status)"
 elif have lspci && lspci | grep -qiE '(vga|3d|display).*nvidia'; then
     lack "the NVIDIA driver (add NVIDIA's CUDA repository first, as its installation guide says)" \
-        "sudo dnf module install nvidia-driver:550-dkms && sudo reboot"
+        "$install_driver && sudo reboot"
 fi
 
 echo "Tools"

@@ -175,14 +175,15 @@ def test_a_sabotaged_training_misses_its_promise(sabotage, monkeypatch, capsys, 
         (None, "550.163.01", None, "built without CUDA"),
         ("13.0", "550.163.01", None, "Driver 550.163.01 is too old for CUDA 13.0, which needs 580"),
         ("12.8", "470.42", None, "too old for CUDA 12.8, which needs 525"),
-        ("12.8", "550.163.01", "", "CUDA_VISIBLE_DEVICES hides it"),
+        ("12.8", "550.163.01", "", "CUDA_VISIBLE_DEVICES= may hide"),
         ("12.8", "550.163.01", None, "The driver answers, but"),
     ],
 )
 def test_verify_gpu_says_what_to_do(monkeypatch, tmp_path, build, driver, visible, advice):
     lesson = load_lesson("basics/01_verify_gpu")
-    if lesson.DEVICE.type == "cuda":
+    if lesson.DEVICE.type != "cpu":
         pytest.skip("a GPU is here and works: there is nothing to advise")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if driver:
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
@@ -190,7 +191,22 @@ def test_verify_gpu_says_what_to_do(monkeypatch, tmp_path, build, driver, visibl
     monkeypatch.setattr(torch.version, "cuda", build)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = lesson.find_driver()
-    assert found == driver
-    problem = lesson.find_problem(found)
+    found, failure = lesson.find_driver()
+    assert (found, failure) == (driver, None)
+    problem = lesson.find_problem(found, failure, card=bool(driver))
     assert (advice is None and problem is None) or advice in problem
+
+
+def test_verify_gpu_tells_a_broken_driver_from_none(monkeypatch, tmp_path):
+    lesson = load_lesson("basics/01_verify_gpu")
+    if lesson.DEVICE.type != "cpu":
+        pytest.skip("a GPU is here and works: there is nothing to advise")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert lesson.find_driver() == (None, None)
+    assert lesson.find_problem(None, None, card=False) is None
+    assert "no driver" in lesson.find_problem(None, None, card=True)
+    words = "Failed to initialize NVML: Driver/library version mismatch"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {words!r}\nexit 18\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert lesson.find_driver() == (None, words)
+    assert words in lesson.find_problem(None, words, card=True)

@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -20,15 +21,28 @@ DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.de
 OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}  # for each CUDA, says NVIDIA's documentation
 
 
-# BUILD: what PyTorch was built for, and which driver it finds.
+# LOOK: the card on its bus, the driver, and the CUDA that PyTorch was built for.
+def has_card():
+    """Look for an NVIDIA display device (vendor 10de, class 03) where Linux lists the PCI bus."""
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
+        if vendor.startswith("0x10de") and kind.startswith("0x03"):
+            return True
+    return False
+
+
 def find_driver():
-    """Ask nvidia-smi, which answers even when PyTorch cannot use the GPU; None without one."""
+    """Return the driver's version, or None, and what nvidia-smi says when it is there but fails."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.check_output(query, stderr=subprocess.DEVNULL, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.split()[0] if answer.split() else None
+        answer = subprocess.run(query, check=True, capture_output=True, text=True, timeout=20)
+        return answer.stdout.split()[0], None
+    except FileNotFoundError:
+        return None, None
+    except subprocess.CalledProcessError as error:
+        return None, (error.stdout + error.stderr).strip().partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired, IndexError) as error:
+        return None, f"no answer ({type(error).__name__})"
 
 
 def show_build(driver):
@@ -53,23 +67,27 @@ def show_devices():
 
 
 # ADVICE: a card that is there but cannot be used must not pass for "no GPU".
-def find_problem(driver):
-    """Return one sentence on why the GPU that the driver reports cannot be used, or None."""
-    if DEVICE.type != "cpu" or driver is None:
+def find_problem(driver, failure, card):
+    """Return one sentence on why the GPU that is here cannot be used, or None."""
+    if DEVICE.type != "cpu":
         return None
+    if failure:
+        return f"nvidia-smi is here but fails: {failure}. Reboot; then check the driver's installation."
+    if driver is None:
+        return "A GPU is here, but no driver. Type: scripts/setup_rhel9.sh" if card else None
     if torch.version.cuda is None:
         return (
             "A GPU is here, but this PyTorch was built without CUDA. "
             "Type: uv sync --reinstall-package torch"
         )
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "A GPU is here, but CUDA_VISIBLE_DEVICES hides it. Type: unset CUDA_VISIBLE_DEVICES"
     needed = OLDEST_DRIVER.get(torch.version.cuda.split(".")[0], 0)
     if int(driver.split(".")[0]) < needed:
         return (
             f"Driver {driver} is too old for CUDA {torch.version.cuda}, which needs {needed} or newer. "
             "Update the driver (scripts/setup_rhel9.sh says how)."
         )
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible} may hide the GPU. Type: unset CUDA_VISIBLE_DEVICES"
     try:
         torch.cuda.init()
         return "The driver answers, but PyTorch finds no GPU. Reboot, then run this lesson again."
@@ -89,10 +107,10 @@ def check_product():
 
 
 def main():
-    driver = find_driver()
+    driver, failure = find_driver()
     show_build(driver)
     show_devices()
-    if problem := find_problem(driver):
+    if problem := find_problem(driver, failure, has_card()):
         sys.exit(problem)
     if DEVICE.type == "cpu":
         print("No GPU here: every lesson runs on the CPU too, only slower.")

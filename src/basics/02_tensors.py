@@ -26,12 +26,13 @@ def create():
     return numbers
 
 
-# MOVE: .to() returns a copy at the new address; the original stays where it was.
+# MOVE: .to() returns a copy at the new address, or the tensor itself if it lives there already.
 def move(numbers):
     moved = numbers.to(DEVICE)
     print("\nAfter numbers.to(DEVICE)")
-    print("Device of the copy:    ", moved.device)
+    print("Device of the result:  ", moved.device)
     print("Device of the original:", numbers.device)
+    print("The same tensor:       ", moved is numbers)
 
 
 # COMPUTE: the result lives where its inputs live.

@@ -18,6 +18,8 @@ DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.de
 
 # ELEMENTWISE: the first with the first, the second with the second, ...
 def elementwise(a, b):
+    print("a =", a)
+    print("b =", b)
     print("a + b =", a + b)
     print("a - b =", a - b)
     print("a * b =", a * b)
@@ -28,10 +30,10 @@ def elementwise(a, b):
 def multiply_matrices():
     left = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=DEVICE)
     right = torch.tensor([[5.0, 6.0], [7.0, 8.0]], device=DEVICE)
-    print("\nleft @ right =", (left @ right).tolist())
-    print(
-        "left + row   =", (left + torch.tensor([10.0, 20.0], device=DEVICE)).tolist()
-    )  # broadcast
+    row = torch.tensor([10.0, 20.0], device=DEVICE)
+    print("\nleft =", left.tolist(), "right =", right.tolist(), "row =", row.tolist())
+    print("left @ right =", (left @ right).tolist())
+    print("left + row   =", (left + row).tolist(), "(the row is added to each row: broadcasting)")
 
 
 # REDUCE: a tensor in, fewer numbers out; dim says which dimension disappears.

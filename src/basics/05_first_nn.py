@@ -6,7 +6,7 @@ Makes:  nothing
 Expect: parameters = 41, gradients = 41
 
 A network is layers of matrix products. While it computes, PyTorch writes down every step, and can
-later walk back through the record and tell each parameter how much it contributed to the output.
+later walk back through the record and tell each parameter how the output would react to changing it.
 """
 
 import argparse

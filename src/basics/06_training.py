@@ -50,7 +50,8 @@ def train(model, x, y, epochs):
             print(f"Epoch {epoch:4d} | Loss: {loss.item():.4f}")
 
 
-# EVALUATE: inputs that it never saw, and the reason why it gets them right.
+# EVALUATE: inputs that it never saw, and the reason why it gets them right. inference_mode keeps no
+# record for gradients, which saves time and memory.
 @torch.inference_mode()
 def evaluate(model):
     inputs = [6.0, 7.0, 10.0]

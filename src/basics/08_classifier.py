@@ -62,6 +62,7 @@ def train(model, points, labels, epochs):
 # EVALUATE: a thousand new points from each cloud, and four that you can check by eye.
 @torch.inference_mode()
 def evaluate(model, points, labels):
+    model.eval()  # makes a difference once a network has dropout: intermediate/03
     return ((model(points) > 0) == labels).float().mean().item()
 
 

@@ -66,11 +66,12 @@ def load_images(name, limit=None):
     try:
         try:
             splits = read_images(name, "train"), read_images(name, "t10k")
-        except (OSError, ValueError):  # not there yet, or damaged
+        except (OSError, ValueError) as problem:  # not there yet, or damaged
+            print(f"{name} is not in data/ ({problem}): downloading it")
             download_images(name)
             splits = read_images(name, "train"), read_images(name, "t10k")
     except Exception as error:  # whatever keeps the data away, the lesson goes on
-        print(f"{name} is out of reach ({type(error).__name__}): scikit-learn's digits stand in")
+        print(f"No download ({type(error).__name__}): scikit-learn's digits stand in")
         splits, name = read_small_digits(), "scikit-learn digits"
     train, test = [(images[:limit], labels[:limit]) for images, labels in splits]
     return train, test, name
@@ -92,6 +93,7 @@ class MLP(nn.Module):
 
 # TRAIN: cross-entropy compares the ten logits with the right digit; it applies softmax itself.
 # The steps shrink as the network gets better: each epoch has half the learning rate of the last.
+# fused=True updates all parameters in one go; disable=None shows the bar on a terminal only.
 def train(model, loader, epochs):
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
@@ -111,6 +113,7 @@ def train(model, loader, epochs):
 # EVALUATE: the test images are used once, when training is over.
 @torch.inference_mode()
 def evaluate(model, images, labels):
+    model.eval()
     predicted = model(images.to(DEVICE)).argmax(dim=1).cpu()  # the digit with the highest logit
     return (predicted == labels).sum().item()
 

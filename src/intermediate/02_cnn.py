@@ -68,11 +68,12 @@ def load_images(name, limit=None):
     try:
         try:
             splits = read_images(name, "train"), read_images(name, "t10k")
-        except (OSError, ValueError):  # not there yet, or damaged
+        except (OSError, ValueError) as problem:  # not there yet, or damaged
+            print(f"{name} is not in data/ ({problem}): downloading it")
             download_images(name)
             splits = read_images(name, "train"), read_images(name, "t10k")
     except Exception as error:  # whatever keeps the data away, the lesson goes on
-        print(f"{name} is out of reach ({type(error).__name__}): scikit-learn's digits stand in")
+        print(f"No download ({type(error).__name__}): scikit-learn's digits stand in")
         splits, name = read_small_digits(), "scikit-learn digits"
     train, test = [(images[:limit], labels[:limit]) for images, labels in splits]
     return train, test, name
@@ -128,6 +129,7 @@ def train(model, images, labels, epochs):
 # EVALUATE: the test digits are used once, when training is over.
 @torch.inference_mode()
 def predict(model, images):
+    model.eval()
     return torch.cat([model(chunk).argmax(dim=1) for chunk in images.split(1000)])
 
 

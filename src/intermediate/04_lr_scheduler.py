@@ -6,7 +6,7 @@ Makes:  models/plots/04_lr_scheduler.png
 Expect: fixed_loss >= 0.015, scheduled_loss <= 0.020, worst_gain >= 1.2
 
 A fixed learning rate is either too small at the start or too large at the end. A scheduler changes
-it after every epoch; five of them get the same task, network and budget here.
+it after every epoch; four of them and a fixed rate get the same task, network and budget here.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class SumNet(nn.Module):
         return self.fc2(F.relu(self.fc1(x))).squeeze(1)  # [N, 16] -> [N], logits
 
 
-# TRAIN: the scheduler steps once after each epoch. ReduceLROnPlateau wants to see a loss: one on
+# TRAIN: the scheduler steps once after each epoch; OneCycleLR, too, which elsewhere steps each batch. ReduceLROnPlateau wants to see a loss: one on
 # samples that are neither trained nor tested on.
 def train(model, make_schedule, train_data, validation_data, epochs):
     """Train and return the learning rate of every epoch."""

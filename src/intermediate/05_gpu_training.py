@@ -6,7 +6,7 @@ Makes:  nothing
 Expect: test_accuracy >= 86 %, parameters = 109,386, data = FashionMNIST
 
 The model, the images and the labels must all live on the device that computes. Then the question is
-who waits for whom: a GPU that is fed one image at a time spends its life waiting for the CPU.
+who waits for whom: a GPU that is fed too slowly spends its life waiting for the CPU.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -68,11 +67,12 @@ def load_images(name, limit=None):
     try:
         try:
             splits = read_images(name, "train"), read_images(name, "t10k")
-        except (OSError, ValueError):  # not there yet, or damaged
+        except (OSError, ValueError) as problem:  # not there yet, or damaged
+            print(f"{name} is not in data/ ({problem}): downloading it")
             download_images(name)
             splits = read_images(name, "train"), read_images(name, "t10k")
     except Exception as error:  # whatever keeps the data away, the lesson goes on
-        print(f"{name} is out of reach ({type(error).__name__}): scikit-learn's digits stand in")
+        print(f"No download ({type(error).__name__}): scikit-learn's digits stand in")
         splits, name = read_small_digits(), "scikit-learn digits"
     train, test = [(images[:limit], labels[:limit]) for images, labels in splits]
     return train, test, name
@@ -121,7 +121,7 @@ class FlippedImages(TensorDataset):
 
 
 def measure(loader, non_blocking=False):
-    """Return the median images per second over five passes, after one that does not count."""
+    """Return the images per second of five passes, sorted, after one that does not count."""
     rates = []
     for _ in range(6):
         start = time.perf_counter()
@@ -130,14 +130,14 @@ def measure(loader, non_blocking=False):
         if DEVICE.type != "cpu":  # a GPU works on by itself: wait for it before reading the clock
             torch.accelerator.synchronize()
         rates.append(len(loader.dataset) / (time.perf_counter() - start))
-    return median(rates[1:])
+    return sorted(rates[1:])
 
 
 def compare_loaders(images, labels):
     tensors, flipped = TensorDataset(images, labels), FlippedImages(images, labels)
     workers = {"num_workers": WORKERS, "persistent_workers": WORKERS > 0}
     settings = {
-        "tensors, batch_size=64": (tensors, 64, {}),
+        "tensors, batch_size=1": (tensors, 1, {}),
         "tensors, batch_size=512": (tensors, 512, {}),
         f"  with num_workers={WORKERS}": (tensors, 512, workers),
         "flipped, batch_size=512": (flipped, 512, {}),
@@ -149,8 +149,8 @@ def compare_loaders(images, labels):
         if pinned and DEVICE.type != "cuda":
             print(f"  {name:31} needs a CUDA device: not measured")
             continue
-        rate = measure(DataLoader(data, batch_size, shuffle=True, **options), non_blocking=pinned)
-        print(f"  {name:31} {rate:10,.0f} images/s")
+        rates = measure(DataLoader(data, batch_size, shuffle=True, **options), non_blocking=pinned)
+        print(f"  {name:31} {rates[2]:9,.0f} images/s ({rates[0]:,.0f} to {rates[-1]:,.0f})")
 
 
 # TRAIN: the model has moved already; images and labels follow, batch by batch.

@@ -28,33 +28,19 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 EPOCHS, BATCH_SIZE, WINDOW, WIDTH, LEARNING_RATE, SEED = 1, 4096, 2, 64, 1e-2, 42
 VOCABULARY = ["<pad>", "<unk>", "the", "cat", "dog", "sat", "on", "mat", "ran", "fast"]
-PAIRS = [  # two words, and whether they are related
-    ("cat", "dog", 1),
-    ("cat", "mat", 0),
-    ("dog", "fast", 0),
-    ("sat", "ran", 1),
-    ("the", "on", 1),
-    ("cat", "ran", 0),
-]
+# Two words, and whether they are related: the six pairs of the notes.
+PAIRS = [("cat", "dog", 1), ("cat", "mat", 0), ("dog", "fast", 0)]
+PAIRS += [("sat", "ran", 1), ("the", "on", 1), ("cat", "ran", 0)]
 UNSEEN = [("dog", "cat"), ("sat", "dog")]
-RELATED = [  # judged by us before any training
-    ("list", "tuple"),
-    ("int", "float"),
-    ("true", "false"),
-    ("first", "second"),
-    ("rows", "columns"),
-    ("minimum", "maximum"),
-    ("weight", "bias"),
-    ("mean", "variance"),
-    ("height", "width"),
-    ("input", "output"),
-    ("cpu", "cuda"),
-    ("encoder", "decoder"),
-]
+ALIKE = (
+    "list tuple, int float, true false, first second, rows columns, minimum maximum, weight bias"
+)
+ALIKE += ", mean variance, height width, input output, cpu cuda, encoder decoder"
+RELATED = [pair.split() for pair in ALIKE.split(", ")]  # judged by us before any training
 
 
 # LOOK UP: a word that is not in the vocabulary becomes <unk>; <pad> fills short sentences up.
-def encode(words, index):
+def look_up(words, index):
     return torch.tensor([index.get(word, index["<unk>"]) for word in words], device=DEVICE)
 
 
@@ -73,7 +59,7 @@ class SimilarityModel(nn.Module):
 def train_pairs(index):
     """Train on the six pairs; return the loss, and cat and dog's cosine before and after."""
     model = SimilarityModel(len(index)).to(DEVICE)
-    first, second = (encode([pair[side] for pair in PAIRS], index) for side in (0, 1))
+    first, second = (look_up([pair[side] for pair in PAIRS], index) for side in (0, 1))
     related = torch.tensor([float(pair[2]) for pair in PAIRS], device=DEVICE)
     before = cosine(model.embedding.weight, index, "cat", "dog")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
@@ -83,7 +69,7 @@ def train_pairs(index):
         loss.backward()
         optimizer.step()
     for one, other in [pair[:2] for pair in PAIRS] + UNSEEN:
-        probability = model(encode([one], index), encode([other], index)).sigmoid().item()
+        probability = model(look_up([one], index), look_up([other], index)).sigmoid().item()
         seen = "  <- a pair that it never saw" if (one, other) in UNSEEN else ""
         print(f"  {one} + {other}: related with probability {probability:.4f}{seen}")
     return loss.item(), before, cosine(model.embedding.weight, index, "cat", "dog")
@@ -96,10 +82,8 @@ def cosine(vectors, index, one, other):
 # TEXT: the reference of the Python language, and PyTorch's own documentation; both are installed.
 def read_words():
     texts = list(topics.values())
-    for folder in ("", "nn", "optim", "distributions"):
-        for file in sorted(
-            (Path(torch.__file__).parent / folder).glob("**/*.py" if folder else "*.py")
-        ):
+    for pattern in ("*.py", "nn/**/*.py", "optim/*.py", "distributions/*.py"):
+        for file in sorted(Path(torch.__file__).parent.glob(pattern)):
             texts += re.findall(r'"""(.*?)"""', file.read_text(encoding="utf-8"), re.DOTALL)
     return re.findall("[a-z]+", " ".join(texts).lower())
 
@@ -137,7 +121,7 @@ def train_neighbours(ids, vocab_size, epochs):
 
 
 # COMPARE: related pairs against pairs drawn at random, and the nearest neighbours of some words.
-def compare(vectors, index):
+def compare_pairs(vectors, index):
     """Return the mean cosine of the RELATED pairs and of 2,000 random ones."""
     unit = F.normalize(vectors - vectors.mean(dim=0), dim=1)  # [V, WIDTH]
     for word in ("list", "float", "maximum", "weight", "first"):
@@ -151,7 +135,7 @@ def compare(vectors, index):
 # PICTURE: the two directions in which the chosen words differ most.
 def draw(vectors, index):
     words = [word for pair in RELATED for word in pair]
-    chosen = vectors[encode(words, index)].cpu()
+    chosen = vectors[look_up(words, index)].cpu()
     _, _, directions = torch.pca_lowrank(chosen, q=2)
     points = (chosen @ directions).numpy()
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -186,7 +170,7 @@ def main(quick=False):
     torch.manual_seed(SEED)
     index = {word: place for place, word in enumerate(VOCABULARY)}
     sentence = ["the", "cat", "sat", "on", "the", "sofa"]
-    ids = encode(sentence, index)
+    ids = look_up(sentence, index)
     print(f"{sentence} -> {ids.tolist()}")
     print("Vectors:", tuple(nn.Embedding(len(index), 4, device=DEVICE)(ids).shape))
     pairs_loss, before, after = train_pairs(index)
@@ -196,9 +180,9 @@ def main(quick=False):
     frequent = [word for word, count in Counter(words).most_common() if count >= 20]
     index = {word: place for place, word in enumerate(["<unk>", *frequent])}
     print(f"Real text: {len(words)} words, {len(frequent)} of them in the vocabulary")
-    ids = encode([word for word in words if word in index], index)
+    ids = look_up([word for word in words if word in index], index)
     vectors = train_neighbours(ids[: 20_000 if quick else None], len(index), EPOCHS)
-    related_cosine, random_cosine = compare(vectors, index)
+    related_cosine, random_cosine = compare_pairs(vectors, index)
     models = ROOT / ("models/quick" if quick else "models")
     save(draw(vectors, index).savefig, models / "plots" / "01_embeddings.png")
     print(

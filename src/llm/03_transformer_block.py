@@ -97,7 +97,7 @@ class GPT2Block(nn.Module):
 
 
 # COUNT: parameters of one block, of a stack, and of models whose plans are published.
-def count_parameters(model):
+def size_of(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -117,8 +117,8 @@ def show_published():
     with torch.device("meta"):
         for name, (width, layers, heads, context) in plans.items():
             config = GPT2Config(n_embd=width, n_layer=layers, n_head=heads, n_positions=context)
-            counts[name] = count_parameters(GPT2LMHeadModel(config))
-        counts["LLaMA 7B"] = count_parameters(LlamaForCausalLM(LlamaConfig()))
+            counts[name] = size_of(GPT2LMHeadModel(config))
+        counts["LLaMA 7B"] = size_of(LlamaForCausalLM(LlamaConfig()))
     for name, count in counts.items():
         sizes = {"fp32": 4 * count, "bf16": 2 * count, "int4": count // 2}
         fits = [form for form, size in sizes.items() if size < L4_BYTES] or ["none"]
@@ -158,7 +158,7 @@ def main(quick=False):
     counts = {}
     for depth in (1, 2, 4, 8, 12):
         stack = nn.Sequential(*(TransformerBlock(WIDTH, HIDDEN) for _ in range(depth)))
-        counts[depth] = count_parameters(stack)
+        counts[depth] = size_of(stack)
         print(f"  {depth:2} blocks: {counts[depth]:6,} parameters")
     gpt2_small = show_published()
     print(f"A stack of {DEPTH} blocks, {steps} steps, no warm-up: loss (guessing: 1.00)")
@@ -171,9 +171,7 @@ def main(quick=False):
     }
     for name, make_block in losses.items():
         losses[name] = train_stack(make_block, steps)
-        print(
-            f"  {name:35} {losses[name]:.2f}, {count_parameters(make_block(32)):,} parameters each"
-        )
+        print(f"  {name:35} {losses[name]:.2f}, {size_of(make_block(32)):,} parameters each")
     postnorm_loss, _, prenorm_loss = losses.values()
     print(
         f"Result: block = {counts[1]:,}, twelve_blocks = {counts[12]:,}, gpt2_small = {gpt2_small:,}, "

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw  # loads in a tenth of matplotlib's time
 from torch import nn
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -36,9 +35,8 @@ CHARACTERS = sorted(set(TEXT))
 # DATA: one number for each character, and every window of CONTEXT characters with the one after it.
 def encode(text):
     """Return the ids [len(text)] of a text; exit with a sentence for characters that TEXT lacks."""
-    if unknown := sorted(set(text) - set(CHARACTERS)) or not text:
-        which = "an empty text" if not text else f"{unknown} in {text!r}"
-        sys.exit(f"MiniGPT cannot read {which}. It knows these characters: {''.join(CHARACTERS)!r}")
+    if not text or set(text) - set(CHARACTERS):
+        sys.exit(f"MiniGPT reads texts of the characters {''.join(CHARACTERS)!r}, not {text!r}")
     return torch.tensor([CHARACTERS.index(character) for character in text], device=DEVICE)
 
 
@@ -111,20 +109,20 @@ def language_loss(model, windows):
 def train(model, windows, steps):
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    for step in tqdm(range(steps), leave=False, disable=None):
+    for step in range(steps):
         loss = language_loss(model, windows[torch.randint(len(windows), (BATCH_SIZE,))])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 200 == 0:
-            tqdm.write(f"Step {step:4d} | Loss: {loss.item():.4f}")
+            print(f"Step {step:4d} | Loss: {loss.item():.4f}")
 
 
 # GENERATE: a low temperature takes the safest guess, a high one almost any.
 @torch.inference_mode()
 def generate(model, prompt, length, temperature):
-    """Return prompt and length more characters, each sampled from softmax(logits / temperature)."""
+    """Return prompt and length more characters, sampled one after the other."""
     ids = encode(prompt)[None]  # [1, T]
     for _ in range(length):
         logits = model(ids[:, -CONTEXT:])[:, -1]  # [1, vocab_size]
@@ -134,13 +132,11 @@ def generate(model, prompt, length, temperature):
 
 
 def share_of_known_words(text):
-    """Return the share of text's words, but for the last, which may be cut, that stand in TEXT."""
-    words = text.split()[:-1]
-    return sum(word in TEXT.split() for word in words) / len(words)
+    words = text.split()[:-1]  # the last may be cut off
+    return sum(word in TEXT.split() for word in words) / max(1, len(words))
 
 
 # PICTURE: which characters the last block looks at while it reads a line; each row is one character.
-@torch.inference_mode()
 def draw(model, line, cell=24):
     ids = encode(line)[None]
     x = model.token_embedding(ids) + model.pos_embedding.weight[: ids.shape[1]]
@@ -151,10 +147,8 @@ def draw(model, line, cell=24):
         pen.text((8, cell * row + 6), character, fill="black")
         pen.text((cell * row + 8, 6), character, fill="black")
         for column, weight in enumerate(weights[row - 1].tolist(), start=1):
-            corner = (cell * column, cell * row)
-            pen.rectangle(
-                [corner, (corner[0] + cell, corner[1] + cell)], fill=int(255 * (1 - weight))
-            )
+            left, top = cell * column, cell * row
+            pen.rectangle((left, top, left + cell, top + cell), fill=int(255 * (1 - weight)))
     return picture
 
 
@@ -180,14 +174,11 @@ def save(write, path):
 def main(quick=False, prompt="the cat"):
     torch.manual_seed(SEED)
     encode(prompt)  # before the training, so that a prompt it cannot read costs no time
-    windows = encode(TEXT).unfold(0, CONTEXT + 1, 1)  # [W, CONTEXT + 1]
+    windows = encode(TEXT).unfold(0, CONTEXT + 1, 1)  # [windows, CONTEXT + 1]
     model = MiniGPT(len(CHARACTERS)).to(DEVICE)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(TEXT)} characters, {len(CHARACTERS)} different, {len(windows)} windows")
     train(model, windows, steps=100 if quick else STEPS)
-    model.eval()
-    with torch.inference_mode():
-        loss = language_loss(model, windows).item()
+    loss = language_loss(model, windows).item()
     for temperature in (0.1, TEMPERATURE, 2.0):
         print(f"Temperature {temperature}:", repr(generate(model, prompt, 60, temperature)))
     known_words = share_of_known_words(generate(model, prompt, 60 if quick else 600, TEMPERATURE))
@@ -195,9 +186,8 @@ def main(quick=False, prompt="the cat"):
     save(lambda file: torch.save(model.state_dict(), file), models / "mini_gpt.pth")
     picture = draw(model, generate(model, prompt, CONTEXT, 0.1)[:CONTEXT])
     save(lambda file: picture.save(file, "PNG"), models / "plots" / "04_mini_gpt.png")
-    print(
-        f"Result: loss = {loss:.4f}, parameters = {parameters:,}, known_words = {known_words:.2%}"
-    )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"Result: loss = {loss:.4f}, parameters = {size:,}, known_words = {known_words:.2%}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,262 @@
+"""Pre-train GPT-2: its own architecture, from random numbers to Python that looks like Python.
+
+Run:    uv run src/llm/05_pretrain_gpt2.py
+Needs:  nothing
+Makes:  models/gpt2_mini/
+Expect: validation_loss <= 4.2, logit_difference <= 0.001
+
+The toy before this one read characters from six lines. This is the real thing, only smaller: tokens
+from a byte-level BPE, GPT-2's blocks, its initialisation and its optimiser, on a few megabytes of text.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY = 128, 4, 4, 256, 2048
+STEPS, WARM_UP, BATCH_SIZE, LEARNING_RATE, SEED = 800, 80, 8, 2e-3, 42
+END, CHECKPOINT = "<|endoftext|>", "checkpoint.pth"
+PLAN = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+
+
+# DATA: PyTorch's own Python sources, which are on this disk; every twentieth file is kept back.
+def read_corpus(corpus):
+    """Return the texts to train on and those to validate on; of a single text, its last twentieth."""
+    folder = Path(torch.__file__).parent
+    parts = [] if corpus else ["nn", "optim", "distributions", "utils"]
+    files = [file for part in parts for file in sorted((folder / part).rglob("*.py"))]
+    try:
+        texts = [file.read_text(encoding="utf-8") for file in files or [corpus]]
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"Cannot read the corpus: {error}. Give a UTF-8 text: --corpus FILE")
+    if corpus:
+        return [texts[0][: -len(texts[0]) // 20]], [texts[0][-len(texts[0]) // 20 :]]
+    return [text for number, text in enumerate(texts) if number % 20], texts[::20]
+
+
+def train_tokenizer(texts, size):
+    """Learn a byte-level BPE, as GPT-2's: it can write any text, since the 256 bytes are in it."""
+    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenize(tokenizer, texts):
+    """Return all texts as one row of token ids [T], with END after each."""
+    end = tokenizer.token_to_id(END)
+    return torch.tensor([i for text in tokenizer.encode_batch(texts) for i in [*text.ids, end]])
+
+
+# MODEL: as in llm/03_transformer_block.py; here is the rest of GPT-2, with the names of its weights.
+class MultiHeadAttention(nn.Module):
+    """Map x [N, T, width] to [N, T, width], causally, with heads that each see width / heads numbers."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)  # queries, keys and values at once
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        qkv = self.c_attn(x).unflatten(-1, (3, self.heads, -1))  # [N, T, 3, heads, width / heads]
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, T, width / heads]
+        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return self.c_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = MultiHeadAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        parts = {
+            "c_fc": nn.Linear(width, 4 * width),
+            "act": nn.GELU(approximate="tanh"),
+            "c_proj": nn.Linear(4 * width, width),
+        }
+        self.mlp = nn.Sequential(OrderedDict(parts))
+
+    def forward(self, x):  # [N, T, width]
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """Radford et al. 2019; the token table also serves as the last layer."""
+
+    def __init__(self, vocabulary, context, width, layers, heads):
+        super().__init__()
+        self.plan = dict(zip(PLAN, (vocabulary, context, width, layers, heads), strict=True))
+        self.wte = nn.Embedding(vocabulary, width)
+        self.wpe = nn.Embedding(context, width)
+        self.h = nn.ModuleList(GPT2Block(width, heads) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(width)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # 0.02, and less where 2 * layers results are added up
+                std = 0.02 / math.sqrt(2 * layers) if "c_proj" in name else 0.02
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, ids):  # [N, T]
+        x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]  # [N, T, width]
+        for block in self.h:
+            x = block(x)
+        return F.linear(self.ln_f(x), self.wte.weight)  # [N, T, vocabulary], logits
+
+
+def language_loss(model, windows):  # [N, T + 1]
+    logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+# TRAIN: AdamW, weight decay on matrices only, warm-up, cosine, clipped gradients. The batch depends
+# on the step alone, so a run that was interrupted goes on as if it had not been.
+def draw_batch(tokens, step):
+    generator = torch.Generator().manual_seed(SEED + step)
+    starts = torch.randint(len(tokens) - CONTEXT, (BATCH_SIZE,), generator=generator)
+    return tokens[starts[:, None] + torch.arange(CONTEXT + 1)].to(DEVICE)
+
+
+def learning_rate(step, steps):
+    warm_up = min(WARM_UP, steps // 5 + 1)
+    progress = max(0, step - warm_up) / (steps - warm_up)
+    return LEARNING_RATE * min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+@torch.inference_mode()
+def evaluate(model, tokens):
+    return sum(language_loss(model, draw_batch(tokens, -n)).item() for n in range(1, 11)) / 10
+
+
+def make_optimizer(model):
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+
+
+def train(model, tokens, validation, steps, every, folder):
+    """Train, and return the validation loss; an interrupted run goes on from its last checkpoint."""
+    optimizer, first, losses = make_optimizer(model), 0, []
+    settings = [*model.plan.values(), BATCH_SIZE, LEARNING_RATE, SEED, steps, int(tokens.sum())]
+    with contextlib.suppress(Exception):  # none, or not a whole one: begin at the beginning
+        state = torch.load(folder / CHECKPOINT, map_location=DEVICE, weights_only=True)
+        if state["settings"] == settings:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            first, losses = state["step"], state["losses"]
+            print(f"Resumed at step {first}")
+    cuda, start = DEVICE.type == "cuda", time.perf_counter()
+    fast = torch.compile(model) if cuda else model  # on a CPU, compiling costs more than it saves
+    for step in tqdm(range(first, steps), initial=first, total=steps, leave=False, disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=cuda):
+            loss = language_loss(fast, draw_batch(tokens, step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        if (step + 1) % every == 0:
+            losses = [float(loss) for loss in losses]
+            recent, now = sum(losses[-every:]) / every, evaluate(model, validation)
+            tqdm.write(f"Step {step + 1:5d} | train loss {recent:.4f} | validation loss {now:.4f}")
+            state = {"settings": settings, "step": step + 1, "losses": losses}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, folder / "checkpoint.part")
+            (folder / "checkpoint.part").replace(folder / CHECKPOINT)
+    seen, seconds = (steps - first) * BATCH_SIZE * CONTEXT, time.perf_counter() - start
+    print(f"{seen / seconds:,.0f} tokens/s, checkpoints and validation included")
+    return evaluate(model, validation)
+
+
+# GENERATE: sample from the forty likeliest tokens.
+@torch.inference_mode()
+def generate(model, ids, length, temperature=0.8, top_k=40):
+    """Return ids [1, T] with length more tokens; each step reads everything before it again."""
+    for _ in range(length):
+        logits, choices = model(ids[:, -CONTEXT:])[:, -1].topk(top_k)
+        picked = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+        ids = torch.cat([ids, choices.gather(1, picked)], dim=1)
+    return ids
+
+
+# HAND ON: as a Hugging Face folder. Their Conv1D keeps its matrices the other way round from Linear.
+def swap(state):
+    """Transpose the matrices that differ between our state_dict and theirs; its own inverse."""
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: t.T.contiguous() if name.endswith(turned) else t for name, t in state.items()}
+
+
+def hand_on(model, tokenizer, folder):
+    """Write the folder, read it again, and return the largest difference between the logits."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer  # takes seconds
+
+    theirs = GPT2LMHeadModel(GPT2Config(**model.plan, bos_token_id=0, eos_token_id=0))
+    theirs.transformer.load_state_dict(swap(model.cpu().state_dict()))
+    theirs.save_pretrained(folder / "part")  # beside its place, then file by file renamed
+    tokenizer = GPT2Tokenizer(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+    tokenizer.save_pretrained(folder / "part")
+    for file in (folder / "part").iterdir():
+        file.replace(folder / file.name)
+    (folder / "part").rmdir()
+    (folder / CHECKPOINT).unlink()
+    print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
+    ids = torch.arange(CONTEXT)[None]
+    with torch.inference_mode():
+        theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+        return (model(ids) - theirs(ids).logits).abs().max().item()
+
+
+def main(quick=False, corpus=None):
+    steps, every = (20, 10) if quick else (STEPS, 100)
+    folder = ROOT / ("models/quick" if quick else "models") / "gpt2_mini"
+    train_texts, validation_texts = read_corpus(corpus)
+    tokenizer = train_tokenizer(train_texts, VOCABULARY)
+    tokens, validation = (tokenize(tokenizer, texts) for texts in (train_texts, validation_texts))
+    if min(len(tokens), len(validation)) <= CONTEXT + 1:
+        sys.exit(
+            f"The corpus is too short: {len(tokens)} and {len(validation)} tokens; try a longer"
+        )
+    torch.manual_seed(SEED)
+    model = GPT2(tokenizer.get_vocab_size(), CONTEXT, WIDTH, LAYERS, HEADS).to(DEVICE)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{len(tokens)} tokens to train on, {len(validation)} to validate, {size:,} parameters")
+    folder.mkdir(parents=True, exist_ok=True)
+    loss = train(model, tokens, validation, steps, every, folder)
+    prompt = torch.tensor([tokenizer.encode("def forward(self").ids], device=DEVICE)
+    print("Sample:", repr(tokenizer.decode(generate(model, prompt, 80)[0].tolist())))
+    difference = hand_on(model, tokenizer, folder)
+    print(f"Result: validation_loss = {loss:.4f}, logit_difference = {difference:.6f}")
+
+
+if __name__ == "__main__":
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_argument("--quick", action="store_true", help="smoke run: 20 steps, models/quick/")
+    cli.add_argument("--corpus", type=Path, help="a UTF-8 text in the place of PyTorch's sources")
+    try:
+        main(**vars(cli.parse_args()))
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on from the last checkpoint.")
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"Stopped: {error}. The same command goes on from the last checkpoint.")
