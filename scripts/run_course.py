@@ -136,6 +136,15 @@ def read_capture(lesson, root=ROOT):
     return machine, output
 
 
+def machine_of(stamp):
+    """Return the part of a record's first line that names the day, the machine and the versions."""
+    return re.match(r".*Python [\d.]+", stamp)[0]
+
+
+def read_seconds(stamp):
+    return int(re.search(r", (\d+) s, code", stamp)[1])
+
+
 def run_lesson(lesson, *flags):
     """Run a lesson and return its output; exit with its error when it fails."""
     run = subprocess.run(
@@ -156,9 +165,8 @@ def record(lessons):
             sys.exit(f"{name_of(lesson)} is not recorded: {'; '.join(broken)}")
         path = capture_path(lesson)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f"{describe_machine()}, code {hash_code(lesson)}\n{output}", encoding="utf-8"
-        )
+        stamp = f"{describe_machine()}, {seconds}, code {hash_code(lesson)}"
+        path.write_text(f"{stamp}\n{output}", encoding="utf-8")
         print(f"{name_of(lesson)}: {output.splitlines()[-1]}", flush=True)
 
 
@@ -206,16 +214,22 @@ def read_seeds(root=ROOT):
 
 
 def lessons_table(root):
-    rows = ["| lesson | makes | result of the recorded run |", "|---|---|---|"]
+    rows, total = ["| lesson | makes | result of the recorded run | took |", "|---|---|---|---|"], 0
     for lesson in find_lessons(root):
         card = read_card(lesson)
-        result = read_capture(lesson, root)[1].splitlines()[-1].removeprefix("Result: ")
+        stamp, output = read_capture(lesson, root)
+        result, seconds = output.splitlines()[-1].removeprefix("Result: "), read_seconds(stamp)
+        total += seconds
         makes = "<br>".join(f"`{file}`" for file in files_in(card["Makes"])) or "–"
         title = card["Title"].split(":")[0]
-        rows.append(
-            f"| [{title}](#{lesson.stem}) `{lesson.relative_to(root).as_posix()}` | {makes} | {result} |"
-        )
-    return rows
+        title = f"[{title}](#{lesson.stem})<br>`{card['Run']}`"
+        rows.append(f"| {title} | {makes} | {result} | {seconds} s |")
+    return [
+        *rows,
+        f"| all of them | | | {total / 60:.0f} min |",
+        "",
+        f"<sub>{machine_of(stamp)}</sub>",
+    ]
 
 
 def files_table(root):
@@ -249,7 +263,7 @@ def results_table(root):
         )
         spread = "always the same" if low == high else f"{mean} ({low} to {high})"
         rows.append(f"| {claim}, `{name}` | {theirs} | {shown} | {spread} |")
-        machines |= {machine, seeds[name]["machine"]}
+        machines |= {machine_of(machine), machine_of(seeds[name]["machine"])}
     return [*rows, "", *(f"<sub>Measured {machine}</sub>" for machine in sorted(machines))]
 
 
@@ -264,7 +278,7 @@ def render(text, root=ROOT):
         if kind == "table":
             return "\n".join([start.rstrip("\n"), *TABLES[name](root), end])
         machine, output = read_capture(root / "src" / f"{name}.py", root)
-        return f"{start}```text\n{output.rstrip()}\n```\n<sub>Recorded {machine}</sub>\n{end}"
+        return f"{start}```text\n{output.rstrip()}\n```\n<sub>Recorded {machine_of(machine)}</sub>\n{end}"
 
     return MARKER.sub(fill, text)
 
@@ -276,11 +290,13 @@ def find_untruths(root=ROOT):
         card = read_card(lesson)
         if not capture_path(lesson, root).exists():
             untruths.append(f"{name_of(lesson)} has no recorded output")
-            recorded = False  # nor can the documents be rendered
+            recorded = False  # so the documents cannot be rendered
             continue
         machine, output = read_capture(lesson, root)
         if not re.match(r"\d{4}-\d\d-\d\d, .+, torch \d.+, Python 3.+, \d+ s, ", machine):
             untruths.append(f"{name_of(lesson)}: the recorded output does not say when and where")
+            recorded = False
+            continue
         if not machine.endswith(f", code {hash_code(lesson)}"):
             untruths.append(f"{name_of(lesson)} has changed since its output was recorded")
         if has_seed(lesson) and len(seeds.get(name_of(lesson), {}).get("results", [])) < 5:
@@ -299,17 +315,9 @@ def find_untruths(root=ROOT):
 
 def show_list(lessons):
     for lesson in lessons:
-        missing = [
-            file for file in files_in(read_card(lesson)["Makes"]) if not (ROOT / file).exists()
-        ]
-        state = (
-            f"missing {', '.join(missing)}"
-            if missing
-            else "done"
-            if files_in(read_card(lesson)["Makes"])
-            else ""
-        )
-        print(f"{read_card(lesson)['Run']:50} {state}")
+        card = read_card(lesson)
+        missing = [file for file in files_in(card["Makes"]) if not (ROOT / file).exists()]
+        print(f"{card['Run']:50} {'missing ' + ', '.join(missing) if missing else 'done'}")
 
 
 def main():

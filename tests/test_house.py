@@ -129,6 +129,12 @@ MUTATIONS = {
         "data = scikit-learn digits",
         "promised data = MNIST",
     ),
+    "a line of a lesson": (
+        "src/basics/06_training.py",
+        "EPOCHS, LEARNING_RATE, SEED = 1000",
+        "EPOCHS, LEARNING_RATE, SEED = 1001",
+        "has changed since its output was recorded",
+    ),
     "a capture without its machine": (
         "tests/outputs/basics/02_tensors.txt",
         r"\A.*\n",
