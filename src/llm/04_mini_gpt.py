@@ -3,7 +3,7 @@
 Run:    uv run src/llm/04_mini_gpt.py
 Needs:  nothing
 Makes:  models/mini_gpt.pth, models/plots/04_mini_gpt.png
-Expect: loss <= 0.25, parameters = 25,103, known_words = 100.00 %
+Expect: loss <= 0.25, parameters = 25,103, known_words >= 98 %
 
 A GPT does one thing: from the characters so far it guesses the next. To write, it guesses, appends
 its guess, and guesses again. The causal mask keeps it honest: in training, nobody sees the answer.
@@ -101,9 +101,9 @@ class MiniGPT(nn.Module):
 
 
 # TRAIN: every position of every window is a guess to learn from.
-def language_loss(model, windows):
+def language_loss(model, windows):  # [N, T + 1]
     logits = model(windows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 def train(model, windows, steps):
