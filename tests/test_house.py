@@ -79,7 +79,7 @@ def test_a_lesson_stands_alone_and_is_portable():
             assert not {name.split(".")[0] for name in names} & own, lesson
         text = lesson.read_text(encoding="utf-8")
         assert not re.search(r"\.cuda\(\)|device\(['\"]cuda|weights_only=False", text), lesson
-        longest = 265 if lesson.stem == "05_pretrain_gpt2" else 200
+        longest = 250 if lesson.stem == "05_pretrain_gpt2" else 200
         assert len(text.splitlines()) <= longest, f"{lesson} is too long to read in ten minutes"
 
 

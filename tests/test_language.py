@@ -206,9 +206,9 @@ def test_the_tokenizer_gives_any_text_back(pretrain):
 
 def test_weight_decay_is_for_matrices_only(pretrain):
     groups = pretrain.make_optimizer(small_gpt2(pretrain)).param_groups
-    assert {parameter.dim() for parameter in groups[0]["params"]} == {2}
-    assert {parameter.dim() for parameter in groups[1]["params"]} == {1}
-    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
+    assert {parameter.dim() for parameter in groups[0]["params"]} == {1}
+    assert {parameter.dim() for parameter in groups[1]["params"]} == {2}
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.0, 0.1)
 
 
 def test_the_learning_rate_climbs_and_falls_to_a_tenth(pretrain):
@@ -226,7 +226,8 @@ def test_an_interrupted_run_goes_on_with_the_identical_losses(pretrain, tmp_path
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
         model = small_gpt2(pretrain).to(pretrain.DEVICE)
-        pretrain.train(model, tokens, validation, 8, 2, folder)
+        tokenizer = pretrain.train_tokenizer(["def forward(self, x):\n    return x\n"] * 3, 300)
+        pretrain.train(model, tokenizer, tokens, validation, 8, 2, folder)
         state = torch.load(folder / pretrain.CHECKPOINT, weights_only=True)
         return state["losses"], model.state_dict()
 

@@ -36,6 +36,7 @@ MASKS = {  # what may differ between two runs of a lesson
     r"data = .+": "data = DATA",
     r"no difference|dropout (helps|hurts)": "VERDICT",
     r"(Sample|Temperature [\d.]+): .*": r"\1: TEXT",
+    r"(validation loss [\d.]+) \| .*": r"\1 | TEXT",
     r"is near .*": "is near WORDS",
     r", device='[\w:]+'": "",
     r"\b(cuda|mps|cpu|meta)\b(:\d)?": "DEVICE",

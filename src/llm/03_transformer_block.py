@@ -11,7 +11,6 @@ result to what was there, so nothing is lost on the way up through a hundred suc
 
 import argparse
 import sys
-from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -84,12 +83,10 @@ class GPT2Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = MultiHeadAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        parts = {
-            "c_fc": nn.Linear(width, 4 * width),
-            "act": nn.GELU(approximate="tanh"),
-            "c_proj": nn.Linear(4 * width, width),
-        }
-        self.mlp = nn.Sequential(OrderedDict(parts))
+        self.mlp = nn.Sequential()
+        self.mlp.c_fc = nn.Linear(width, 4 * width)
+        self.mlp.act = nn.GELU(approximate="tanh")
+        self.mlp.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):  # [N, T, width]
         x = x + self.attn(self.ln_1(x))

@@ -12,33 +12,32 @@ from a byte-level BPE, GPT-2's blocks, its initialisation and its optimiser, on 
 import argparse
 import contextlib
 import math
+import shutil
 import sys
 import time
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import nn
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY = 128, 4, 4, 256, 2048
 STEPS, WARM_UP, BATCH_SIZE, LEARNING_RATE, SEED = 800, 80, 8, 2e-3, 42
-END, CHECKPOINT = "<|endoftext|>", "checkpoint.pth"
-PLAN = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+SOURCES, PARTS = Path(torch.__file__).parent, ("nn", "optim", "distributions", "utils")
+END, PROMPT, CHECKPOINT = "<|endoftext|>", "def forward(self", "checkpoint.pth"
 
 
 # DATA: PyTorch's own Python sources, which are on this disk; every twentieth file is kept back.
 def read_corpus(corpus):
     """Return the texts to train on and those to validate on; of a single text, its last twentieth."""
-    folder = Path(torch.__file__).parent
-    parts = [] if corpus else ["nn", "optim", "distributions", "utils"]
-    files = [file for part in parts for file in sorted((folder / part).rglob("*.py"))]
+    files = [file for part in PARTS for file in sorted((SOURCES / part).rglob("*.py"))]
     try:
-        texts = [file.read_text(encoding="utf-8") for file in files or [corpus]]
+        texts = [file.read_text(encoding="utf-8") for file in ([corpus] if corpus else files)]
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"Cannot read the corpus: {error}. Give a UTF-8 text: --corpus FILE")
     if corpus:
@@ -48,20 +47,14 @@ def read_corpus(corpus):
 
 def train_tokenizer(texts, size):
     """Learn a byte-level BPE, as GPT-2's: it can write any text, since the 256 bytes are in it."""
-    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, size, special_tokens=[END], show_progress=False)
+    return Tokenizer.from_str(tokenizer.to_str())
 
 
 def tokenize(tokenizer, texts):
-    """Return all texts as one row of token ids [T], with END after each."""
-    end = tokenizer.token_to_id(END)
-    return torch.tensor([i for text in tokenizer.encode_batch(texts) for i in [*text.ids, end]])
+    """Return all texts as one row of token ids [T], with END, whose id is 0, after each."""
+    return torch.tensor([i for text in tokenizer.encode_batch(texts) for i in [*text.ids, 0]])
 
 
 # MODEL: as in llm/03_transformer_block.py; here is the rest of GPT-2, with the names of its weights.
@@ -87,12 +80,10 @@ class GPT2Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = MultiHeadAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        parts = {
-            "c_fc": nn.Linear(width, 4 * width),
-            "act": nn.GELU(approximate="tanh"),
-            "c_proj": nn.Linear(4 * width, width),
-        }
-        self.mlp = nn.Sequential(OrderedDict(parts))
+        self.mlp = nn.Sequential()
+        self.mlp.c_fc = nn.Linear(width, 4 * width)
+        self.mlp.act = nn.GELU(approximate="tanh")
+        self.mlp.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):  # [N, T, width]
         x = x + self.attn(self.ln_1(x))
@@ -104,7 +95,8 @@ class GPT2(nn.Module):
 
     def __init__(self, vocabulary, context, width, layers, heads):
         super().__init__()
-        self.plan = dict(zip(PLAN, (vocabulary, context, width, layers, heads), strict=True))
+        self.plan = {"vocab_size": vocabulary, "n_positions": context, "n_embd": width}
+        self.plan |= {"n_layer": layers, "n_head": heads}  # as a Hugging Face config names them
         self.wte = nn.Embedding(vocabulary, width)
         self.wpe = nn.Embedding(context, width)
         self.h = nn.ModuleList(GPT2Block(width, heads) for _ in range(layers))
@@ -128,9 +120,19 @@ def language_loss(model, windows):  # [N, T + 1]
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
-# TRAIN: AdamW, weight decay on matrices only, warm-up, cosine, clipped gradients, bf16 on a GPU. The
-# batch depends on the step alone, so a run that was interrupted goes on as if it had not been. A run
-# this short does not pay for torch.compile; for a long one, model.compile() is the line to add.
+# GENERATE: sample from the forty likeliest tokens; each step reads everything before it again.
+@torch.inference_mode()
+def generate(model, tokenizer, length, temperature=0.8, top_k=40):
+    ids = torch.tensor([tokenizer.encode(PROMPT).ids], device=DEVICE)  # [1, T]
+    for _ in range(length):
+        logits, choices = model(ids[:, -CONTEXT:])[:, -1].topk(top_k)
+        picked = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+        ids = torch.cat([ids, choices.gather(1, picked)], dim=1)
+    return repr(tokenizer.decode(ids[0].tolist()))
+
+
+# TRAIN: AdamW, decay on matrices only, warm-up, cosine, clipped gradients, bf16 on a GPU; for a longer
+# run model.compile() pays. The batch depends on the step alone, so that a run can be resumed.
 def draw_batch(tokens, step):
     generator = torch.Generator().manual_seed(SEED + step)
     starts = torch.randint(len(tokens) - CONTEXT, (BATCH_SIZE,), generator=generator)
@@ -149,14 +151,16 @@ def evaluate(model, tokens):
 
 
 def make_optimizer(model):
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
+    for parameter in model.parameters():
+        groups[parameter.dim() > 1]["params"].append(parameter)
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
 
-def train(model, tokens, validation, steps, every, folder):
+def train(model, tokenizer, tokens, validation, steps, every, folder):
     """Train, and return the validation loss; an interrupted run goes on from its last checkpoint."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{len(tokens)} tokens to train on, {len(validation)} to validate, {size:,} parameters")
     optimizer, first, losses = make_optimizer(model), 0, []
     settings = [*model.plan.values(), BATCH_SIZE, LEARNING_RATE, SEED, steps, int(tokens.sum())]
     with contextlib.suppress(Exception):  # none, or not a whole one: begin at the beginning
@@ -180,32 +184,26 @@ def train(model, tokens, validation, steps, every, folder):
         if (step + 1) % every == 0:
             losses = [float(loss) for loss in losses]
             recent, now = sum(losses[-every:]) / every, evaluate(model, validation)
-            tqdm.write(f"Step {step + 1:5d} | train loss {recent:.4f} | validation loss {now:.4f}")
+            report = f"Step {step + 1:5d} | train loss {recent:.4f} | validation loss {now:.4f}"
+            tqdm.write(f"{report} | {generate(model, tokenizer, 20)}")
             state = {"settings": settings, "step": step + 1, "losses": losses}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, folder / "checkpoint.part")
             (folder / "checkpoint.part").replace(folder / CHECKPOINT)
-    seen, seconds = (steps - first) * BATCH_SIZE * CONTEXT, time.perf_counter() - start
-    print(f"{seen / seconds:,.0f} tokens/s, checkpoints and validation included")
+    speed = (steps - first) * BATCH_SIZE * CONTEXT / (time.perf_counter() - start)
+    work = 6 * size + 12 * LAYERS * WIDTH * CONTEXT  # FLOP for each token: PaLM, arXiv 2204.02311
+    n = 8192 if cuda else 1024
+    matrix = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if cuda else torch.float32)
+    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
+    share = speed * work / (2 * n**3 / timer.timeit(20).mean)
+    print(f"{speed:,.0f} tokens/s, {share:.0%} of this device's speed in matrix products")
     return evaluate(model, validation)
-
-
-# GENERATE: sample from the forty likeliest tokens.
-@torch.inference_mode()
-def generate(model, ids, length, temperature=0.8, top_k=40):
-    """Return ids [1, T] with length more tokens; each step reads everything before it again."""
-    for _ in range(length):
-        logits, choices = model(ids[:, -CONTEXT:])[:, -1].topk(top_k)
-        picked = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
-        ids = torch.cat([ids, choices.gather(1, picked)], dim=1)
-    return ids
 
 
 # HAND ON: as a Hugging Face folder. Their Conv1D keeps its matrices the other way round from Linear.
 def swap(state):
-    """Transpose the matrices that differ between our state_dict and theirs; its own inverse."""
-    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return {name: t.T.contiguous() if name.endswith(turned) else t for name, t in state.items()}
+    """Transpose the matrices of the blocks, in our state_dict or in theirs; its own inverse."""
+    return {name: t.T if t.dim() == 2 and name[0] == "h" else t for name, t in state.items()}
 
 
 def hand_on(model, tokenizer, folder):
@@ -214,13 +212,11 @@ def hand_on(model, tokenizer, folder):
 
     theirs = GPT2LMHeadModel(GPT2Config(**model.plan, bos_token_id=0, eos_token_id=0))
     theirs.transformer.load_state_dict(swap(model.cpu().state_dict()))
-    theirs.save_pretrained(folder / "part")  # beside its place, then file by file renamed
-    tokenizer = GPT2Tokenizer(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
-    tokenizer.save_pretrained(folder / "part")
-    for file in (folder / "part").iterdir():
-        file.replace(folder / file.name)
-    (folder / "part").rmdir()
-    (folder / CHECKPOINT).unlink()
+    part = folder.with_suffix(".part")  # complete before it takes the place of the old one
+    theirs.save_pretrained(part)
+    GPT2Tokenizer(tokenizer_object=tokenizer, bos_token=END, eos_token=END).save_pretrained(part)
+    shutil.rmtree(folder)
+    part.rename(folder)
     print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
     ids = torch.arange(CONTEXT)[None]
     with torch.inference_mode():
@@ -234,18 +230,12 @@ def main(quick=False, corpus=None):
     texts = [part[: 40 if quick else None] for part in read_corpus(corpus)]
     tokenizer = train_tokenizer(texts[0], VOCABULARY)
     tokens, validation = (tokenize(tokenizer, part) for part in texts)
-    if min(len(tokens), len(validation)) <= CONTEXT + 1:
-        sys.exit(
-            f"The corpus is too short: {len(tokens)} and {len(validation)} tokens; try a longer"
-        )
+    if min(len(tokens), len(validation)) < CONTEXT + 2:
+        sys.exit(f"The corpus is too short: each part needs {CONTEXT + 2} tokens")
     torch.manual_seed(SEED)
     model = GPT2(tokenizer.get_vocab_size(), CONTEXT, WIDTH, LAYERS, HEADS).to(DEVICE)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{len(tokens)} tokens to train on, {len(validation)} to validate, {size:,} parameters")
     folder.mkdir(parents=True, exist_ok=True)
-    loss = train(model, tokens, validation, steps, every, folder)
-    prompt = torch.tensor([tokenizer.encode("def forward(self").ids], device=DEVICE)
-    print("Sample:", repr(tokenizer.decode(generate(model, prompt, 80)[0].tolist())))
+    loss = train(model, tokenizer, tokens, validation, steps, every, folder)
     difference = hand_on(model, tokenizer, folder)
     print(f"Result: validation_loss = {loss:.4f}, logit_difference = {difference:.6f}")
 
@@ -256,7 +246,5 @@ if __name__ == "__main__":
     cli.add_argument("--corpus", type=Path, help="a UTF-8 text in the place of PyTorch's sources")
     try:
         main(**vars(cli.parse_args()))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; the same command goes on from the last checkpoint.")
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"Stopped: {error}. The same command goes on from the last checkpoint.")
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+        sys.exit(f"Stopped ({error!r}); the same command goes on from the last checkpoint.")
