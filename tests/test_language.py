@@ -1,9 +1,15 @@
 """The language models: what attention must be equal to, what it must not see, and what is refused."""
 
+import json
+import shutil
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_lesson
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def count(model):
@@ -198,10 +204,13 @@ def test_gpt2_logits_equal_those_of_transformers(pretrain):
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
 
 
-def test_the_tokenizer_gives_any_text_back(pretrain):
-    tokenizer = pretrain.train_tokenizer(["def forward(self, x):\n    return x\n"] * 3, 300)
-    for text in ("def", "  \t\n", "Grüße, 世界 🙂", "\x00\x7f", "".join(map(chr, range(1, 400)))):
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+@given(st.binary(max_size=200), st.text(max_size=50))
+def test_the_tokenizer_gives_any_text_back(data, text):
+    text += data.decode("utf-8", errors="surrogateescape").encode("utf-8", "replace").decode()
+    assert TOKENIZER.decode(TOKENIZER.encode(text).ids) == text
+
+
+TOKENIZER = load_lesson("llm/05_pretrain_gpt2").train_tokenizer(["def f(x):\n    pass\n"] * 3, 300)
 
 
 def test_weight_decay_is_for_matrices_only(pretrain):
@@ -272,3 +281,229 @@ def test_a_corpus_of_ones_own_becomes_a_hugging_face_folder(pretrain, tmp_path, 
     assert not (folder / pretrain.CHECKPOINT).exists()
     expected = pretrain.GPT2(len(AutoTokenizer.from_pretrained(folder)), 16, 16, 2, 2)
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == count(expected)
+
+
+# PRETRAINED
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small GPT-2 with random weights, in a Hugging Face folder as lesson 05 leaves one."""
+    lesson = load_lesson("llm/05_pretrain_gpt2")
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("a model") / "gpt2_mini"
+    sizes = {"vocab_size": 300, "n_positions": 160, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    GPT2Tokenizer(
+        tokenizer_object=TOKENIZER, bos_token=lesson.END, eos_token=lesson.END
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_left_padding_changes_nothing(folder):
+    lesson = load_lesson("llm/06_pretrained_llm")
+    model, tokenizer, _ = lesson.load_pretrained(str(folder), folder)
+    prompts = ["a", "def f(x): pass", "one two three four"]
+    single = [lesson.generate(model, tokenizer, [text], 8, do_sample=False)[0] for text in prompts]
+    assert lesson.generate(model, tokenizer, prompts, 8, do_sample=False) == single
+    right = lesson.generate(model, tokenizer, prompts, 8, side="right", do_sample=False)
+    assert right != single, "on the right it must show the difference"
+
+
+def test_without_the_hub_it_goes_on_within_seconds(folder, monkeypatch, capsys):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    lesson, start = load_lesson("llm/06_pretrained_llm"), time.monotonic()
+    assert lesson.load_pretrained("gpt2", folder)[2] == folder
+    assert "Hub cannot be reached" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        lesson.load_pretrained("gpt2", folder / "missing")
+    assert "05_pretrain_gpt2.py" in stop.value.code
+    with pytest.raises(SystemExit) as stop:
+        lesson.load_pretrained("somebody/some-model", folder)
+    assert "somebody/some-model" in stop.value.code, "a model that one asked for is not replaced"
+    assert time.monotonic() - start < 10
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch):
+    lesson = load_lesson("llm/06_pretrained_llm")
+    monkeypatch.setattr(lesson.requests, "head", lambda *_, **__: time.sleep(60))
+    start = time.monotonic()
+    assert not lesson.hub_answers(seconds=0.2)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", ["06_pretrained_llm", "07_finetune_lora"])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", b"{"), ("tokenizer.json", b""), ("model.safetensors", b"no weights")],
+)
+def test_a_damaged_folder_ends_with_a_sentence(folder, tmp_path, name, file, content):
+    models = tmp_path / "models"
+    shutil.copytree(folder, models / "gpt2_mini")
+    (models / "gpt2_mini" / file).write_bytes(content)
+    lesson = load_lesson(f"llm/{name}")
+    with pytest.raises(SystemExit) as stop:
+        if name.startswith("06"):
+            lesson.load_pretrained(str(models / "gpt2_mini"), models / "gpt2_mini")
+        else:
+            lesson.load_base(models)
+    assert "gpt2_mini" in stop.value.code
+    assert "05_pretrain_gpt2.py" in stop.value.code
+
+
+@pytest.mark.parametrize("prompt", ["", "word " * 160])
+def test_a_prompt_that_does_not_fit_is_refused(folder, tmp_path, prompt):
+    lesson = load_lesson("llm/06_pretrained_llm")
+    with pytest.raises(SystemExit) as stop:
+        lesson.main(quick=True, model=str(folder), prompt=prompt)
+    assert "--prompt" in stop.value.code
+
+
+# LORA
+@pytest.fixture
+def lora(folder, tmp_path):
+    lesson = load_lesson("llm/07_finetune_lora")
+    lesson.ROOT = tmp_path
+    shutil.copytree(folder, tmp_path / "models" / "gpt2_mini")
+    return lesson
+
+
+def test_the_loss_counts_the_answer_and_its_end_alone(lora, tmp_path):
+    from transformers import DataCollatorForSeq2Seq
+
+    model, tokenizer, _ = lora.load_base(tmp_path / "models")
+    items = [lora.encode(tokenizer, "Why?", "So."), lora.encode(tokenizer, "What?", "f(x) = x")]
+    for item, reply in zip(items, (" So.", " f(x) = x"), strict=True):
+        asked = [i for i, label in zip(*item.values(), strict=True) if label == -100]
+        answered = [label for label in item["labels"] if label != -100]
+        assert tokenizer.decode(asked).endswith("Answer:")
+        assert tokenizer.decode(answered) == f"{reply}<|endoftext|>"
+    batch = DataCollatorForSeq2Seq(tokenizer)(items)
+    lengths = [len(item["labels"]) for item in items]
+    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+    assert (batch["labels"][0, lengths[0] :] == -100).all()
+    counts = torch.tensor([sum(label != -100 for label in item["labels"]) for item in items])
+    alone = [lora.evaluate(model, [item], DataCollatorForSeq2Seq(tokenizer)) for item in items]
+    together = lora.evaluate(model, items, DataCollatorForSeq2Seq(tokenizer))
+    expected = (torch.tensor(alone) * counts).sum() / counts.sum()
+    assert together == pytest.approx(expected.item(), rel=1e-4), "padding must change nothing"
+
+
+def test_an_untrained_adapter_changes_nothing_and_only_it_is_trained(lora, tmp_path):
+    base, _, _ = lora.load_base(tmp_path / "models")
+    ids = torch.arange(20, device=lora.DEVICE)[None]
+    before = base(ids).logits
+    tuned = lora.add_lora(base, "models/gpt2_mini").eval()
+    assert torch.equal(tuned(ids).logits, before)
+    trained = [name for name, parameter in tuned.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name and "c_attn" in name for name in trained)
+    assert len(trained) == 4
+    assert tuned.peft_config["default"].base_model_name_or_path == "models/gpt2_mini"
+
+
+def test_tuning_leaves_an_adapter_that_can_be_read_and_merged(lora, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lora, "EPOCHS", 3)
+    questions = tmp_path / "own.jsonl"
+    rows = [{"question": f"{n}?", "answer": f"{n}!", "held_out": n > 6} for n in range(9)]
+    questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    lora.main(questions=questions)
+    output = capsys.readouterr().out
+    assert "gpt2_trainable = 294,912" in output
+    assert float(output.rsplit("merged_difference = ")[1]) < 1e-3
+    folder = tmp_path / "models" / "gpt2_lora"
+    plan = json.loads((folder / "adapter_config.json").read_text())
+    assert (plan["r"], plan["lora_alpha"]) == (8, 32)
+    assert plan["base_model_name_or_path"] == "models/gpt2_mini"
+    assert not folder.with_suffix(".part").exists()
+
+
+GOOD = '{"question": "a", "answer": "b", "held_out": %s}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "Cannot read"),
+        (b"", "both kinds"),
+        (b"\xff\xfe", "Cannot read"),
+        ((GOOD % "true").encode(), "both kinds"),
+        ((GOOD % "true" + GOOD % "false" + "{oops\n").encode(), "line 3"),
+        ((GOOD % "true" + '{"question": "a"}\n').encode(), "line 2"),
+        ((GOOD % "true" + '["a", "b"]\n').encode(), "line 2"),
+        ((GOOD % '"yes"').encode(), "line 1"),
+        (b'{"question": 1, "answer": "b", "held_out": true}', "line 1"),
+    ],
+)
+def test_bad_questions_end_with_a_sentence_and_their_line(lora, tmp_path, content, complaint):
+    path = tmp_path / "questions.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        lora.main(quick=True, questions=path)
+    assert complaint in stop.value.code
+    assert path.name in stop.value.code
+
+
+def test_a_question_longer_than_the_context_is_named(lora, tmp_path):
+    tokenizer = lora.load_base(tmp_path / "models")[1]
+    with pytest.raises(SystemExit, match="160 tokens: why why"):
+        lora.encode(tokenizer, "why " * 160, "so")
+
+
+def test_our_questions_are_many_and_none_is_held_out_and_learned():
+    lesson = load_lesson("llm/07_finetune_lora")
+    learned, held_out = lesson.read_questions(lesson.ROOT / "data" / "qa.jsonl")
+    assert len(learned) >= 35
+    assert len(held_out) >= 5
+    assert not {question for question, _ in learned} & {question for question, _ in held_out}
+
+
+def test_lora_by_hand_equals_peft_and_merges(folder, capsys):
+    lesson = load_lesson("llm/11_lora_by_hand")
+    base = lesson.load_base(folder.parent)[0]
+    ids = torch.arange(30, device=lesson.DEVICE)[None]
+    assert max(lesson.compare_with_peft(base, ids)) < 1e-3
+    assert float(capsys.readouterr().out.split("up to ")[1].split()[0]) > 0.1
+    fresh = lesson.add_detours(base, 4)
+    assert torch.equal(fresh(ids).logits, base(ids).logits)
+    assert lesson.count(fresh) == 2 * 4 * (32 + 96)
+    with torch.device("meta"):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        gpt2 = GPT2LMHeadModel(GPT2Config())
+    sizes = {1: 36_864, 8: 294_912, 64: 2_359_296}
+    assert {rank: lesson.count(lesson.add_detours(gpt2, rank)) for rank in sizes} == sizes
+
+
+# KV CACHE
+def test_cached_generation_equals_plain(folder):
+    lesson = load_lesson("llm/10_kv_cache")
+    theirs = lesson.load_base(folder.parent)[0]
+    model, ids = lesson.take_over(theirs), torch.tensor([[5, 6, 7]], device=lesson.DEVICE)
+    plain = lesson.generate(model, ids, 96, cached=False)
+    assert torch.equal(plain, lesson.generate(model, ids, 96, cached=True))
+    assert len(set(plain[0].tolist())) > 3, "a text of one token proves nothing"
+    expected = theirs.generate(ids, max_new_tokens=93, do_sample=False, eos_token_id=None)
+    assert torch.equal(plain, expected)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 19])
+def test_a_text_in_two_parts_gives_the_same_logits(folder, cut):
+    lesson = load_lesson("llm/10_kv_cache")
+    theirs = lesson.load_base(folder.parent)[0]
+    model, ids = lesson.take_over(theirs), torch.randint(300, (2, 20), device=lesson.DEVICE)
+    whole, _ = model(ids)
+    first, caches = model(ids[:, :cut])
+    second, caches = model(ids[:, cut:], caches)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    assert caches[0][0].shape == (2, 2, 20, 16)
+
+
+def test_the_cached_model_has_the_size_of_gpt2():
+    with torch.device("meta"):
+        assert (
+            count(load_lesson("llm/10_kv_cache").CachedGPT2(50257, 1024, 768, 12, 12))
+            == 124_439_808
+        )

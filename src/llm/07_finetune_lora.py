@@ -30,16 +30,14 @@ def read_questions(path):
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"Cannot read the questions: {error}")
+        sys.exit(f"Cannot read {path}: {error}")
     parts = {False: [], True: []}
     for number, line in enumerate(lines, start=1):
         try:
             item = json.loads(line)
             parts[item["held_out"]].append((item["question"] + "", item["answer"] + ""))
         except (ValueError, KeyError, TypeError):
-            sys.exit(
-                f'{path}, line {number} is not {{"question": "", "answer": "", "held_out": true}}'
-            )
+            sys.exit(f"{path}, line {number}: it must be like the first line of data/qa.jsonl")
     if not all(parts.values()):
         sys.exit(f"{path} needs questions of both kinds: held_out false, and held_out true")
     return parts.values()
@@ -110,9 +108,9 @@ def evaluate(model, items, collate):
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, question, length=30):
+def answer(model, tokenizer, question):
     batch = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt").to(DEVICE)
-    how = {"max_new_tokens": length, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    how = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     ids = model.generate(**batch, **how)[0, batch["input_ids"].shape[1] :]
     return repr(tokenizer.decode(ids))
 
@@ -150,7 +148,6 @@ def compare(models, tuned, batch):
 
     base = load_base(models)[0]
     reloaded = PeftModel.from_pretrained(load_base(models)[0], models / "gpt2_lora").eval()
-    del batch["labels"]
     with torch.inference_mode():
         ours, others = tuned(**batch).logits, [base(**batch).logits, reloaded(**batch).logits]
         others.append(reloaded.merge_and_unload()(**batch).logits)
@@ -181,15 +178,15 @@ def main(quick=False, questions=ROOT / "data" / "qa.jsonl"):
     now, after = evaluate(model, items, collate), evaluate(model, kept, collate)
     print(f"Loss: {now:.2f} on what it learned, {after:.2f} on the rest, where it was {before:.2f}")
     save_adapter(model, models / "gpt2_lora")
-    changed, reread, merged = compare(models, model, collate(kept).to(DEVICE))
-    print(f"Largest change of a logit: {changed:.2f} by tuning, {reread:.6f} by reading it again")
+    tuning, reading, merging = compare(models, model, collate(kept).to(DEVICE))
+    print(f"Largest change of a logit: {tuning:.2f} by tuning, {reading:.6f} by reading it again")
     with torch.device("meta"):  # shapes without numbers: GPT-2 itself need not be here
         gpt2 = add_lora(GPT2LMHeadModel(GPT2Config()), "gpt2")
     trainable, everything = gpt2.get_nb_trainable_parameters()
     print(f"GPT-2 small: {trainable:,} of {everything:,} parameters, {trainable / everything:.2%}")
     print(
         f"Result: gpt2_trainable = {trainable:,}, held_out_gain = {before - after:.2f}, "
-        f"merged_difference = {merged:.6f}"
+        f"merged_difference = {merging:.6f}"
     )
 
 
