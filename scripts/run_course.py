@@ -39,6 +39,8 @@ CLAIMS = [  # what the notes report: in words, in their number, and where this c
     ("parameters of GPT-2 small", "117 M", "llm/03_transformer_block", "gpt2_small"),
     ("parameters of MiniGPT", "25,103", "llm/04_mini_gpt", "parameters"),
     ("its loss", "0.16 to 0.28", "llm/04_mini_gpt", "loss"),
+    ("trained by LoRA in GPT-2, rank 8", "294,912", "llm/07_finetune_lora", "gpt2_trainable"),
+    ("the same at rank 64", "2.4 M", "llm/11_lora_by_hand", "gpt2_rank_64"),
 ]
 MARKER = re.compile(r"(<!-- (output|table) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -200,6 +202,9 @@ def try_seeds(lessons):
             with tempfile.TemporaryDirectory() as folder:
                 (ROOT / "data").mkdir(exist_ok=True)
                 Path(folder, "data").symlink_to(ROOT / "data")
+                for file in files_in(read_card(lesson)["Needs"]):
+                    Path(folder, file).parent.mkdir(exist_ok=True)
+                    Path(folder, file).symlink_to(ROOT / file)
                 command = [sys.executable, "-c", SEEDED_RUN, str(lesson), str(seed), folder]
                 lines.append(subprocess.check_output(command, text=True).splitlines()[-1])
             print(f"{name_of(lesson)} seed {seed}: {lines[-1]}", flush=True)

@@ -25,6 +25,17 @@ OFFLINE = {  # a proxy that nobody answers: a download fails at once, on every m
 
 def pytest_configure(config):
     os.environ.update(OFFLINE)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+
+
+def chain_of(lesson):
+    """Return the first lesson of the chain whose files a lesson needs; one worker runs a chain."""
+    for file in run_course.files_in(run_course.read_card(lesson)["Needs"]):
+        for maker in LESSONS:
+            if file in run_course.files_in(run_course.read_card(maker)["Makes"]):
+                return chain_of(maker)
+    return run_course.name_of(lesson)
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +47,7 @@ def course(tmp_path_factory):
 def copy_course(folder, with_data):
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data").mkdir()
+    shutil.copy(ROOT / "data" / "qa.jsonl", folder / "data")
     for name in ("MNIST", "FashionMNIST"):
         if with_data and (ROOT / "data" / name / "raw").exists():
             (folder / "data" / name).symlink_to(ROOT / "data" / name)

@@ -19,7 +19,7 @@ from itertools import groupby
 import pytest
 import run_course
 import torch
-from conftest import LESSONS, REAL_DATA, ROOT, copy_course, load_lesson, run
+from conftest import LESSONS, REAL_DATA, ROOT, chain_of, copy_course, load_lesson, run
 
 NAMES = [run_course.name_of(lesson) for lesson in LESSONS]
 DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like machine compare
@@ -54,7 +54,13 @@ def masked(output):
 
 
 # SMOKE: in the order of the course, each on what the ones before it have saved.
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(run_course.name_of(lesson), marks=pytest.mark.xdist_group(chain_of(lesson)))
+        for lesson in LESSONS
+    ],
+)
 def test_quick_run_prints_the_recorded_words(course, name):
     quick = run(course, name, "--quick")
     assert quick.returncode == 0, quick.stderr

@@ -104,7 +104,7 @@ def show_likeliest(model, tokenizer, prompt):
         probabilities = torch.softmax(logits / temperature, dim=0)
         nucleus = (probabilities.sort(descending=True).values.cumsum(0) < TOP_P).sum() + 1
         shown = " ".join(f"{probability:6.1%}" for probability in probabilities[likeliest])
-        print(f"  at temperature {temperature}: {shown}; top-p {TOP_P} keeps {nucleus} tokens")
+        print(f"  at temperature {temperature}: {shown}; tokens kept by top-p {TOP_P}: {nucleus}")
 
 
 # GENERATE: left padding, so that every prompt ends where its continuation begins.
@@ -143,9 +143,8 @@ def main(quick=False, model=None, prompt=PROMPTS[0]):
     torch.manual_seed(42)
     for temperature in TEMPERATURES:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0}
-        print(
-            f"Temperature {temperature}:", repr(generate(model, tokenizer, [prompt], length, **how))
-        )
+        text = generate(model, tokenizer, [prompt], length, **how)[0]
+        print(f"Temperature {temperature}: {text!r}")
     how = {"do_sample": True, "top_p": TOP_P, "top_k": 0}
     sampled = generate(model, tokenizer, PROMPTS, length, **how)
     print(f"Top-p {TOP_P}: {sampled[0]!r}")

@@ -3,7 +3,7 @@
 Run:    uv run src/llm/11_lora_by_hand.py
 Needs:  models/gpt2_mini/
 Makes:  nothing
-Expect: peft_difference <= 0.001, merged_difference <= 0.001, gpt2_rank_8 = 294,912
+Expect: peft_difference <= 0.001, merged_difference <= 0.001, gpt2_rank_64 = 2,359,296
 
 A matrix of 128 x 384 has 49,152 numbers. Two thin ones of rank 8 have 4,096, and their product is as
 large as the first. The rank says how much the change may hold, not how good it is.
@@ -170,7 +170,7 @@ def main(quick=False):
         print(f"{rank:4d} | {size:12,} | {size * 4 / 1000:6.0f} | {real:14,} | {losses}")
     print(
         f"Result: peft_difference = {by_peft:.7f}, merged_difference = {by_merging:.7f}, "
-        f"gpt2_rank_8 = {count(add_detours(gpt2, 8)):,}"
+        f"gpt2_rank_64 = {count(add_detours(gpt2, 64)):,}"
     )
 
 
