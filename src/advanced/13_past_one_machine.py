@@ -1,0 +1,185 @@
+"""Past one machine: lose a process, go on from the last checkpoint, and count what 7B weights need.
+
+Run:    uv run src/advanced/13_past_one_machine.py
+Needs:  nothing
+Makes:  nothing
+Expect: exit_code_without_restart = 1, restart_difference = 0.000000000, seven_b = 6,738,415,616
+
+On a thousand GPUs one fails every few hours. Then the rest must neither wait for ever nor begin anew:
+torchrun ends them all, starts them again, and they go on from what was saved last.
+"""
+
+import argparse
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+DEVICE = torch.device("cpu")  # what happens to a lost process is the same on GPUs
+WIDTH, LEARNING_RATE, BATCH_SIZE, CHECKPOINT_EVERY, KILL_AFTER = 64, 0.05, 32, 5, 7
+L4_BYTES = 23_034 * 2**20  # what nvidia-smi reports for the reference machine's card
+
+
+# LAUNCH, DATA: as in advanced/08_multi_gpu.py.
+def launch(processes, *arguments, restarts=0):
+    """Run this file under torchrun; return its exit code, what it printed, and its errors."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", __file__, *arguments]
+    settings = {"OMP_NUM_THREADS": "1"}  # or each process takes all cores from the others
+    settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # pytorch/pytorch#135712: or restarts fail
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill ends this as Ctrl-C does
+    options = {"env": os.environ | settings, "encoding": "utf-8", "start_new_session": True}
+    torchrun = Popen(command, stdout=PIPE, stderr=PIPE, **options)
+    try:
+        output, errors = torchrun.communicate(timeout=300)
+    except TimeoutExpired:
+        sys.exit("The processes hung for five minutes and were ended.")
+    finally:  # whatever happened, nobody stays behind: torchrun ends all that it has started
+        torchrun.terminate()
+        torchrun.wait()
+    lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+    return torchrun.returncode, "\n".join(lines), errors
+
+
+def make_points():
+    numbers = torch.randn(2074, 64, generator=torch.Generator().manual_seed(0))
+    points, directions = numbers.double().split([2064, 10])
+    return points, (points @ directions.T).argmax(dim=1)  # [N, 64], [N]
+
+
+def share_of_batch(data, step, size, rank=0, ranks=1):
+    """Return the points and labels that one process out of ranks works on, size of each."""
+    everybody = torch.arange(step * ranks * size, (step + 1) * ranks * size) % len(data[0])
+    mine = everybody.chunk(ranks)[rank]  # with a DataLoader, a DistributedSampler does this
+    return [tensor[mine].to(DEVICE) for tensor in data]
+
+
+# MODEL
+def build():
+    torch.manual_seed(0)  # every process begins with the same weights
+    layers = [nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10)]
+    model = nn.Sequential(*layers).to(DEVICE, torch.float64)
+    return model, torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+
+
+def train_step(model, optimizer, points, labels):
+    loss = F.cross_entropy(model(points), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+# WORK: what each process runs. The last of them loses its life, at the first attempt.
+def work(folder, steps):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # wait no longer for a lost one
+    rank, ranks, first = dist.get_rank(), dist.get_world_size(), 0
+    attempt, file = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), folder / "checkpoint.pth"
+    (model, optimizer), data = build(), make_points()
+    if file.exists():
+        state = torch.load(file, map_location=DEVICE, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])  # momentum, too, or the way would be another
+        first = state["step"]
+    if rank == 0:
+        print(f"  attempt {attempt + 1}: {ranks} processes begin at step {first}", flush=True)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for step in range(first, steps):
+        if attempt == 0 and rank == ranks - 1 and step == first + KILL_AFTER:
+            print(f"  process {rank} is killed at step {step}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        train_step(parallel, optimizer, *share_of_batch(data, step, BATCH_SIZE, rank, ranks))
+        if rank == 0 and (step + 1) % CHECKPOINT_EVERY == 0:  # one file will do: all have the same
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"step": step + 1}, folder / "part")
+            (folder / "part").replace(file)
+    if rank == 0:
+        print(f"  step {steps}: done", flush=True)
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def lose_a_process(processes, steps):
+    """Return the exit code without a restart, and how far the restarted weights are from undisturbed."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--folder", folder, "--steps", str(steps)]
+        print("One of them dies, and may not come back")
+        start = time.perf_counter()
+        code, output, errors = launch(processes, *arguments)
+        print(output)
+        cause = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: (\S+)", errors, re.DOTALL)
+        if not code or not cause:
+            sys.exit(f"The processes ended otherwise, with exit code {code}:\n{errors}")
+        seconds = time.perf_counter() - start
+        print(
+            f"  torchrun ends after {seconds:.0f} s in all: process {cause[1]}, exit code {cause[2]}"
+        )
+        print("The same command, and it may come back once")
+        again, output, errors = launch(processes, *arguments, restarts=1)
+        print(output)
+        if again:
+            sys.exit(f"The restart failed, with exit code {again}:\n{errors}")
+        state = torch.load(Path(folder, "checkpoint.pth"), weights_only=True)["model"]
+    (model, optimizer), data = build(), make_points()  # one process, undisturbed, the whole batch
+    for step in range(steps):
+        train_step(model, optimizer, *share_of_batch(data, step, BATCH_SIZE * processes))
+    undisturbed = model.state_dict()
+    return code, max((state[name] - undisturbed[name]).abs().max().item() for name in state)
+
+
+# COUNT: what a model of 7 billion parameters needs, before the first activation.
+def count_seven_b():
+    width, layers, hidden, vocabulary = 4096, 32, 11008, 32000  # LLaMA, Touvron et al. 2023
+    block = 4 * width**2 + 3 * width * hidden + 2 * width  # attention, feed-forward, two norms
+    count = 2 * vocabulary * width + layers * block + width  # a table at each end, a last norm
+    lora = layers * 2 * 8 * (width + width)  # rank 8 beside two matrices of each block
+    cache = 2 * layers * width * 4096 * 2  # keys and values of 4,096 words in 16 bits
+    needs = {
+        "train all, Adam: 4 + 4 + 8 bytes each": 16 * count,
+        "train LoRA beside bf16 weights": 2 * count + 16 * lora,
+        "answer in bf16, with 4,096 words": 2 * count + cache,
+        "answer in int8, with 4,096 words": count + cache,
+        "answer in int4, with 4,096 words": count // 2 + cache,
+    }
+    print(f"{count:,} parameters; weights, gradients and Adam's notes have 4 + 4 + 8 bytes")
+    for name, size in needs.items():
+        print(f"  {name:38} {size / 1e9:6.1f} GB {math.ceil(size / L4_BYTES):4} x L4 with 23 GB")
+    for cards in (2, 4, 8, 16):
+        print(f"  train all, FSDP2 on {cards:2} cards {16 * count / cards / 1e9:17.1f} GB each")
+    return count
+
+
+def main(processes=2, steps=20, folder=None, quick=False):
+    if folder:
+        work(folder, steps)
+    if processes < 2:
+        sys.exit(f"--processes must be 2 or more, not {processes}.")
+    code, difference = lose_a_process(processes, 15 if quick else steps)
+    count = count_seven_b()
+    print(
+        f"Result: exit_code_without_restart = {code}, restart_difference = {difference:.9f}, "
+        f"seven_b = {count:,}"
+    )
+
+
+if __name__ == "__main__":
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_argument("--quick", action="store_true", help="smoke run: 15 steps")
+    cli.add_argument("--processes", type=int, default=2, help="how many (2)")
+    cli.add_argument("--steps", type=int, default=20, help=argparse.SUPPRESS)
+    cli.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # torchrun's processes get it
+    try:
+        main(**vars(cli.parse_args()))
+    except KeyboardInterrupt:
+        sys.exit("Stopped; all processes have ended.")
