@@ -27,6 +27,8 @@ DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like mac
     "basics/02_tensors",
     "basics/05_first_nn",
     "intermediate/05_gpu_training",
+    "advanced/05_memory_management",
+    "advanced/08_multi_gpu",
 }
 
 
@@ -34,7 +36,8 @@ MASKS = {  # what may differ between two runs of a lesson
     r"models/quick/": "models/",
     r".* (stand in|downloading it)\n": "",
     r"data = .+": "data = DATA",
-    r"no difference|dropout (helps|hurts)": "VERDICT",
+    r"no difference|faster|slower|dropout (helps|hurts)": "VERDICT",
+    r"aten::\w+": "aten::OPERATION",
     r"(Sample|Temperature [\d.]+): .*": r"\1: TEXT",
     r"is near .*": "is near WORDS",
     r", device='[\w:]+'": "",

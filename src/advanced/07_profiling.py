@@ -22,18 +22,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function, supported_activities
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 IMAGES, PROFILED, SMALL, LARGE, LEARNING_RATE = 2048, 256, 8, 256, 0.01
-PARTS, WAIT = ["prepare", "transfer", "learn", "report"], "aten::_local_scalar_dense"
+PARTS = ["prepare", "transfer", "learn", "report"]
 os.environ["KINETO_LOG_LEVEL"] = "5"  # or the profiler reports that it has found no GPU
 
 
 # DATA: random bytes of MNIST's shape, since the time does not depend on what they show.
-def prepare(images):  # one image or many
-    return (images.float() / 255 - 0.1307) / 0.3081  # MNIST's own mean and deviation
+def prepare(images):  # one or many; the numbers are MNIST's own mean and deviation
+    return (images.float() / 255 - 0.1307) / 0.3081
 
 
 def prepare_each(images):
@@ -47,8 +47,7 @@ def make_model():
     return model.to(DEVICE), torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
 
-# TRAIN: a loop that can have three faults, by what it is given: a way to prepare the images, images that
-# lie elsewhere, a way to read the loss, and a size. record_function names its parts for the profiler.
+# TRAIN: what is wrong with it lies in what it is given; record_function names its parts for the profiler.
 def train(images, labels, size, prepare, read):
     (model, optimizer), total = make_model(), 0.0
     for batch in torch.arange(len(images), device=images.device).split(size):
@@ -69,22 +68,23 @@ def train(images, labels, size, prepare, read):
 # LOOK: the profiler's table, cut down to the columns and rows that matter.
 def look(work):
     """Profile work and print what took its time; return the trace and how often the CPU waited."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
-    with profile(activities=activities, acc_events=True) as recorded:
+    work()  # the first time is slower, and not what we look for
+    with profile(activities=supported_activities(), acc_events=True) as recorded:
         work()
     events = {event.key: event for event in recorded.key_averages()}
     spent = {name: events[name].cpu_time_total for name in PARTS}
     print("  part of the loop                  CPU ms   share")
     for name in PARTS:
         print(f"  {name:30} {spent[name] / 1e3:9.1f} {spent[name] / sum(spent.values()):7.1%}")
-    operations = [event for event in events.values() if event.key.startswith("aten::")]
+    rows = [event for event in events.values() if event.key.startswith("aten::")]
+    rows.sort(key=lambda event: -event.self_cpu_time_total)
     print("  operation                         CPU ms  GPU ms  calls  calls per image")
-    for event in sorted(operations, key=lambda event: -event.self_cpu_time_total)[:8]:
+    for event in [*rows[:7], events["aten::item"]]:
         times = f"{event.self_cpu_time_total / 1e3:9.1f} {event.self_device_time_total / 1e3:7.1f}"
         print(f"  {event.key:30} {times} {event.count:6} {event.count / PROFILED:16.2f}")
     with tempfile.TemporaryDirectory() as folder:
         recorded.export_chrome_trace(f"{folder}/trace.json")
-        return Path(folder, "trace.json").read_bytes(), getattr(events.get(WAIT), "count", 0)
+        return Path(folder, "trace.json").read_bytes(), events["aten::item"].count
 
 
 # MEASURE: every candidate in turn, so that what disturbs the machine disturbs them all alike.
@@ -140,8 +140,8 @@ def measure(loops, images, seconds):
         row = f"  {name:30} {median:9,.0f} images/s ({low:,.0f} to {high:,.0f})"
         gain = "{:.2f}x ({:.2f} to {:.2f}), {}".format(*compare(before or spent, spent))
         print(f"{row} | {gain}" if before else row)
-    first, *_, last = times.values()
-    print("  all of them: {:.1f}x ({:.1f} to {:.1f}), {}".format(*compare(first, last)))
+    text = "  all of them: {:.1f}x ({:.1f} to {:.1f}), {}"
+    print(text.format(*compare(times["all three faults"], spent)))
 
 
 # SAVE: as in basics/07_activations.py.
@@ -164,8 +164,8 @@ def save(write, path):
 
 
 def main(quick=False):
-    count = PROFILED if quick else IMAGES
-    images, labels = torch.randint(256, (count, 28, 28)).byte(), torch.randint(10, (count,))
+    images = torch.randint(256, (PROFILED if quick else IMAGES, 28, 28)).byte()
+    labels = torch.randint(10, images.shape[:1])
     moved = images.to(DEVICE), labels.to(DEVICE)  # as bytes: a quarter of the numbers' size
     item, detach = torch.Tensor.item, torch.Tensor.detach  # item() waits for the GPU, detach() not
     loops = {
@@ -179,16 +179,16 @@ def main(quick=False):
     slow, _, well, _ = loops.values()
     print(f"All three faults under the profiler, {PROFILED} images")
     trace, waits_before = look(lambda: slow(PROFILED))
-    folder = ROOT / ("models/quick" if quick else "models")
-    save(lambda file: file.write(trace), folder / "07_profiling_trace.json")
+    models = ROOT / ("models/quick" if quick else "models")
+    save(lambda file: file.write(trace), models / "07_profiling_trace.json")
     print("Each fault mended, after those before it, and compared with the line above")
-    measure(loops, count, 0.1 if quick else 2.0)
+    measure(loops, len(images), 0.1 if quick else 2.0)
     print("Faults 1 and 2 mended, under the profiler")
     _, waits_after = look(lambda: well(PROFILED))
-    pairs = zip(slow(PROFILED)[0].parameters(), well(PROFILED)[0].parameters(), strict=True)
-    difference = max((a - b).abs().max().item() for a, b in pairs)
-    waits = f"waits_before = {waits_before}, waits_after = {waits_after}"
-    print(f"Result: {waits}, weight_difference = {difference:.6f}")
+    weights = [nn.utils.parameters_to_vector(f(PROFILED)[0].parameters()) for f in (slow, well)]
+    difference = (weights[0] - weights[1]).abs().max().item()
+    waits = f"Result: waits_before = {waits_before}, waits_after = {waits_after}"
+    print(f"{waits}, weight_difference = {difference:.6f}")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ def launch(processes, *arguments, restarts=0):
     finally:  # whatever happened, nobody stays behind: torchrun ends all that it has started
         torchrun.terminate()
         torchrun.wait()
-    lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
-    return torchrun.returncode, "\n".join(lines), errors
+    return torchrun.returncode, output.rstrip(), errors
 
 
 # DATA: points in ten classes, and each process's share of a batch of them.
@@ -164,10 +163,12 @@ def show(trained, times, ranks):
 
 # WORK: what each process runs.
 def work(quick):
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what gloo has to say goes to the errors, and Python's lines where they went
     if ENOUGH_GPUS:
         torch.cuda.set_device(DEVICE)
     backend = "cpu:gloo,cuda:nccl" if ENOUGH_GPUS else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=60))  # wait no longer for a lost one
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))  # no longer for a lost process
     rank, ranks, data = dist.get_rank(), dist.get_world_size(), make_points()
     ways = [way for way in ALONE + TOGETHER if ENOUGH_GPUS or way != "DataParallel"]
     mine, steps = ways if rank == 0 else TOGETHER, 5 if quick else STEPS
@@ -186,8 +187,7 @@ def main(quick=False, processes=2):
         sys.exit(f"--processes must be 2 or more, not {processes}.")
     code, output, errors = launch(processes, *["--quick"] * quick)
     print(output)
-    if code:
-        sys.exit(f"A process failed ({code}):\n{errors}")
+    sys.exit(f"A process failed ({code}):\n{errors}" if code else 0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Run:    uv run src/advanced/12_memory_savings.py
 Needs:  nothing
 Makes:  nothing
-Expect: checkpoint_difference <= 0.001, accumulation_difference <= 0.001, checkpoint_kept <= 50 %, accumulation_kept <= 30 %
+Expect: checkpoint_difference <= 0.001, accumulation_difference <= 0.001, checkpoint_kept <= 30 %, accumulation_kept <= 30 %
 
 Memory is bought with time: compute again instead of keeping, take a batch in parts, keep half as many
 bits, or let the optimizer take fewer notes. The first two leave the gradients as they are.
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-WIDTH, DEPTH, BATCH_SIZE, PARTS = 16, 8, 128, 4
+WIDTH, DEPTH, BATCH_SIZE, PARTS = 16, 4, 128, 4
 
 
 # DATA, MODEL, COUNT: as in advanced/05_memory_management.py.
@@ -36,10 +36,11 @@ class DeepCNN(nn.Module):
         super().__init__()
         self.checkpointing = checkpointing
         self.first = nn.Conv2d(1, WIDTH, 3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(4, WIDTH), nn.ReLU())
-            for _ in range(DEPTH)
-        )
+        self.blocks = nn.ModuleList()
+        for _ in range(DEPTH):
+            twice = [nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(4, WIDTH), nn.ReLU()]
+            twice += [nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(4, WIDTH), nn.ReLU()]
+            self.blocks.append(nn.Sequential(*twice))
         self.last = nn.Linear(WIDTH, 10)
 
     def forward(self, x):  # [N, 1, 28, 28]
@@ -135,7 +136,6 @@ def compare(base, other):
 
 # WAYS: each against the plain one, in bytes, in the gradients, and in time.
 def compare_ways(size, seconds):
-    """Print a row for each way to compute gradients; return (share kept, difference) of each."""
     plain, recompute, reference = (DeepCNN(again).to(DEVICE) for again in (False, True, False))
     for model in (recompute, reference):
         model.load_state_dict(plain.state_dict())

@@ -48,8 +48,7 @@ def launch(processes, *arguments, restarts=0):
     finally:  # whatever happened, nobody stays behind: torchrun ends all that it has started
         torchrun.terminate()
         torchrun.wait()
-    lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
-    return torchrun.returncode, "\n".join(lines), errors
+    return torchrun.returncode, output.rstrip(), errors
 
 
 def make_points():
@@ -73,16 +72,22 @@ def build():
     return model, torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
 
 
-def train_step(model, optimizer, points, labels):
+def averaged_step(model, optimizer, points, labels, ranks=1):
+    """Take a step with the gradients' mean over all processes: this is what DDP does, layer by layer."""
     loss = F.cross_entropy(model(points), labels)
     optimizer.zero_grad()
     loss.backward()
+    for parameter in model.parameters():
+        if ranks > 1:
+            dist.all_reduce(parameter.grad)  # the sum
+            parameter.grad /= ranks
     optimizer.step()
-    return loss.detach()
 
 
 # WORK: what each process runs. The last of them loses its life, at the first attempt.
 def work(folder, steps):
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what gloo has to say goes to the errors, and Python's lines where they went
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # wait no longer for a lost one
     rank, ranks, first = dist.get_rank(), dist.get_world_size(), 0
     attempt, file = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), folder / "checkpoint.pth"
@@ -94,12 +99,11 @@ def work(folder, steps):
         first = state["step"]
     if rank == 0:
         print(f"  attempt {attempt + 1}: {ranks} processes begin at step {first}", flush=True)
-    parallel = nn.parallel.DistributedDataParallel(model)
     for step in range(first, steps):
         if attempt == 0 and rank == ranks - 1 and step == first + KILL_AFTER:
             print(f"  process {rank} is killed at step {step}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        train_step(parallel, optimizer, *share_of_batch(data, step, BATCH_SIZE, rank, ranks))
+        averaged_step(model, optimizer, *share_of_batch(data, step, BATCH_SIZE, rank, ranks), ranks)
         if rank == 0 and (step + 1) % CHECKPOINT_EVERY == 0:  # one file will do: all have the same
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state | {"step": step + 1}, folder / "part")
@@ -133,7 +137,7 @@ def lose_a_process(processes, steps):
         state = torch.load(Path(folder, "checkpoint.pth"), weights_only=True)["model"]
     (model, optimizer), data = build(), make_points()  # one process, undisturbed, the whole batch
     for step in range(steps):
-        train_step(model, optimizer, *share_of_batch(data, step, BATCH_SIZE * processes))
+        averaged_step(model, optimizer, *share_of_batch(data, step, BATCH_SIZE * processes))
     undisturbed = model.state_dict()
     return code, max((state[name] - undisturbed[name]).abs().max().item() for name in state)
 
@@ -144,19 +148,21 @@ def count_seven_b():
     block = 4 * width**2 + 3 * width * hidden + 2 * width  # attention, feed-forward, two norms
     count = 2 * vocabulary * width + layers * block + width  # a table at each end, a last norm
     lora = layers * 2 * 8 * (width + width)  # rank 8 beside two matrices of each block
-    cache = 2 * layers * width * 4096 * 2  # keys and values of 4,096 words in 16 bits
+    cache = 2 * layers * width * 4096 * 2  # keys and values of 4,096 tokens in 16 bits
     needs = {
-        "train all, Adam: 4 + 4 + 8 bytes each": 16 * count,
+        "train all by Adam: 4 + 4 + 8 bytes each": 16 * count,
         "train LoRA beside bf16 weights": 2 * count + 16 * lora,
-        "answer in bf16, with 4,096 words": 2 * count + cache,
-        "answer in int8, with 4,096 words": count + cache,
-        "answer in int4, with 4,096 words": count // 2 + cache,
+        "answer in bf16, with 4,096 tokens": 2 * count + cache,
+        "answer in int8, with 4,096 tokens": count + cache,
+        "answer in int4, with 4,096 tokens": count // 2 + cache,
     }
-    print(f"{count:,} parameters; weights, gradients and Adam's notes have 4 + 4 + 8 bytes")
+    print(f"{count:,} parameters, and what they need besides the activations")
     for name, size in needs.items():
-        print(f"  {name:38} {size / 1e9:6.1f} GB {math.ceil(size / L4_BYTES):4} x L4 with 23 GB")
+        print(f"  {name:40} {size / 1e9:6.1f} GB {math.ceil(size / L4_BYTES):4} x L4 with 23 GB")
     for cards in (2, 4, 8, 16):
-        print(f"  train all, FSDP2 on {cards:2} cards {16 * count / cards / 1e9:17.1f} GB each")
+        print(
+            f"  train all by FSDP2 on {cards:2} cards         {16 * count / cards / 1e9:6.1f} GB each"
+        )
     return count
 
 
