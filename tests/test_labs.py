@@ -115,7 +115,7 @@ def test_a_memory_that_holds_no_image_ends_with_a_sentence(memory):
         memory.fit(memory.DeepCNN().to(memory.DEVICE), *memory.make_images(4), limit=1000)
 
 
-@pytest.mark.parametrize("text", ["", "a", "16,,32", "0", "-4,8", "1.5", "16;32"])
+@pytest.mark.parametrize("text", ["", "a", "16,,32", "0", "7", "-16,8", "1.5", "16;32"])
 def test_bad_batch_sizes_are_refused_in_a_sentence(memory, text):
     with pytest.raises(SystemExit) as stop:
         memory.read_sizes(text)

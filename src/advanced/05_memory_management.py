@@ -3,7 +3,7 @@
 Run:    uv run src/advanced/05_memory_management.py
 Needs:  nothing
 Makes:  nothing
-Expect: out_of_memory = survived, gradient_difference <= 0.001
+Expect: out_of_memory = survived, gradient_difference <= 0.01
 
 Weights, gradients and the optimizer's notes take the same memory at any batch size. What every layer
 keeps of every image until the way back, the activations, grows with the batch, and fills the card.
@@ -108,21 +108,18 @@ def show_batch_sizes(sizes):
 
 
 # CACHE: PyTorch keeps what you free for its next tensor. Its own count, what it holds, and the card's.
+def ask_nvidia_smi():
+    card = f"--id=GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        query = ["--query-gpu=memory.used", "--format=csv,noheader"]
+        return subprocess.check_output(["nvidia-smi", card, *query], text=True).strip()
+    return "no answer"
+
+
 def show_cache():
     def row(name):
-        card = str(torch.cuda.get_device_properties(DEVICE).uuid)
-        command = [
-            "nvidia-smi",
-            "--query-gpu=memory.used",
-            "--format=csv,noheader",
-            f"--id=GPU-{card}",
-        ]
-        answer = subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
-        allocated, reserved = (
-            torch.cuda.memory_allocated() / 2**20,
-            torch.cuda.memory_reserved() / 2**20,
-        )
-        print(f"  {name:30} {allocated:9.0f} MiB {reserved:8.0f} MiB  {answer or 'no answer'}")
+        counts = torch.cuda.memory_allocated() / 2**20, torch.cuda.memory_reserved() / 2**20
+        print(f"  {name:30} {counts[0]:9.0f} MiB {counts[1]:9.0f} MiB  {ask_nvidia_smi()}")
 
     if DEVICE.type != "cuda":
         print("Allocated, reserved and nvidia-smi: needs a CUDA device, not measured")
@@ -161,13 +158,14 @@ def read_sizes(text):
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         sizes = [0]
-    if min(sizes) < 2:
-        sys.exit(f"--batch-sizes wants whole numbers from 2 up, such as 16,32,64: not {text!r}.")
+    if min(sizes) < 8:
+        sys.exit(f"--batch-sizes wants whole numbers from 8 up, such as 16,32,64: not {text!r}.")
     return sizes
 
 
 def main(quick=False, batch_sizes=None):
-    sizes = read_sizes(batch_sizes or ("4,8,16" if quick else "16,32,64,128"))
+    usual = "8,16,32" if quick else "16,32,64,128"
+    sizes = read_sizes(usual if batch_sizes is None else batch_sizes)
     torch.manual_seed(0)
     bytes_per_image = show_batch_sizes(sizes)
     show_cache()
@@ -176,9 +174,7 @@ def main(quick=False, batch_sizes=None):
         print(f"A batch of {batch} images is too large for this card")
     else:
         batch, limit = sizes[-1], 0.3 * sizes[-1] * bytes_per_image
-        print(
-            "Without a GPU nothing runs out: a limit is simulated, at 0.3 of what the batch needs"
-        )
+        print("No CUDA device: a limit is simulated, at 0.3 of what the batch keeps")
     model, whole = DeepCNN().to(DEVICE), DeepCNN().to(DEVICE)
     parts = fit(model, *make_images(batch), limit)
     whole.load_state_dict(model.state_dict())
@@ -198,3 +194,5 @@ if __name__ == "__main__":
         main(**vars(cli.parse_args()))
     except KeyboardInterrupt:
         sys.exit("Stopped.")
+    except RuntimeError as error:  # a batch that is too large at once
+        sys.exit(f"Stopped: {str(error).splitlines()[0]} Give smaller --batch-sizes.")
