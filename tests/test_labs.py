@@ -103,8 +103,8 @@ def test_a_full_memory_halves_the_parts_until_they_fit(memory, capsys):
     images, labels = memory.make_images(16)
     needed = memory.compute_gradients(model, images, labels)
     whole = gradients(model)
-    assert memory.fit(model, images, labels, 1.1 * needed) == 1
-    assert memory.fit(model, images, labels, 0.3 * needed) == 4
+    assert memory.fit_into_memory(model, images, labels, 1.1 * needed) == 1
+    assert memory.fit_into_memory(model, images, labels, 0.3 * needed) == 4
     assert capsys.readouterr().out.count("simulated limit") == 2
     for ours, theirs in zip(gradients(model), whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
@@ -112,7 +112,9 @@ def test_a_full_memory_halves_the_parts_until_they_fit(memory, capsys):
 
 def test_a_memory_that_holds_no_image_ends_with_a_sentence(memory):
     with pytest.raises(SystemExit, match="Not even one image"):
-        memory.fit(memory.DeepCNN().to(memory.DEVICE), *memory.make_images(4), limit=1000)
+        memory.fit_into_memory(
+            memory.DeepCNN().to(memory.DEVICE), *memory.make_images(4), limit=1000
+        )
 
 
 @pytest.mark.parametrize("text", ["", "a", "16,,32", "0", "7", "-16,8", "1.5", "16;32"])
@@ -146,9 +148,9 @@ def test_mended_faults_leave_the_weights_as_they_are(profiling):
     images, labels = torch.randint(256, (40, 28, 28)).byte(), torch.randint(10, (40,))
     moved = images.to(profiling.DEVICE), labels.to(profiling.DEVICE)
     item, detach = torch.Tensor.item, torch.Tensor.detach
-    slow, slow_loss = profiling.train(images, labels, 8, profiling.prepare_each, item)
-    well, loss = profiling.train(*moved, 8, profiling.prepare, detach)
-    large, _ = profiling.train(*moved, 40, profiling.prepare, detach)
+    slow, slow_loss = profiling.train(images, labels, 8, profiling.make_numbers_each, item)
+    well, loss = profiling.train(*moved, 8, profiling.make_numbers, detach)
+    large, _ = profiling.train(*moved, 40, profiling.make_numbers, detach)
     assert loss == pytest.approx(slow_loss, rel=1e-5)
     for ours, theirs, others in zip(*(m.parameters() for m in (slow, well, large)), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -159,7 +161,7 @@ def test_the_profiler_sees_each_fault_and_its_trace_can_be_read(profiling, capsy
     images, labels = torch.randint(256, (256, 28, 28)).byte(), torch.randint(10, (256,))
     item = torch.Tensor.item
     trace, waits = profiling.look(
-        lambda: profiling.train(images, labels, 8, profiling.prepare_each, item)
+        lambda: profiling.train(images, labels, 8, profiling.make_numbers_each, item)
     )
     assert waits == 32
     shown = capsys.readouterr().out
@@ -170,7 +172,7 @@ def test_the_profiler_sees_each_fault_and_its_trace_can_be_read(profiling, capsy
     assert names.count("aten::item") == 32
     assert not [warning for warning in recwarn if "rofiler" in str(warning.message)]
     _, waits = profiling.look(
-        lambda: profiling.train(images, labels, 8, profiling.prepare, torch.Tensor.detach)
+        lambda: profiling.train(images, labels, 8, profiling.make_numbers, torch.Tensor.detach)
     )
     assert waits == 1, "the sum, once"
 
@@ -195,7 +197,7 @@ def test_the_shares_of_all_processes_are_the_batch_each_point_once(processes, ra
 
 
 def test_averaged_gradients_of_the_shares_are_the_gradient_of_the_batch(processes):
-    data = processes.make_points()
+    data = processes.make_labelled_points()
     model, _ = processes.build("one process", torch.float64)
 
     def gradient(points, labels):
@@ -297,9 +299,9 @@ def test_seven_billion_parameters_are_those_of_llama():
 def test_a_restart_that_forgets_its_momentum_would_be_noticed():
     """The promise of equal weights after a restart is no empty one: without momentum they differ."""
     lesson = load_lesson(PAST)
-    data, ends = lesson.make_points(), []
+    data, ends = lesson.make_labelled_points(), []
     for forget in (False, True):
-        model, optimizer = lesson.build()
+        model, optimizer = lesson.build_small()
         for step in range(15):
             if step == 10 and forget:
                 optimizer = torch.optim.SGD(model.parameters(), lesson.LEARNING_RATE, momentum=0.9)

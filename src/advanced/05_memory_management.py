@@ -136,7 +136,7 @@ def show_cache():
 
 
 # OUT OF MEMORY: halve what is computed at once, and the batch stays what it was.
-def fit(model, images, labels, limit):
+def fit_into_memory(model, images, labels, limit):
     """Compute the batch's gradients in as many parts as the memory asks for; return how many."""
     parts = 1
     while parts <= len(images):
@@ -176,7 +176,7 @@ def main(quick=False, batch_sizes=None):
         batch, limit = sizes[-1], 0.3 * sizes[-1] * bytes_per_image
         print("No CUDA device: a limit is simulated, at 0.3 of what the batch keeps")
     model, whole = DeepCNN().to(DEVICE), DeepCNN().to(DEVICE)
-    parts = fit(model, *make_images(batch), limit)
+    parts = fit_into_memory(model, *make_images(batch), limit)
     whole.load_state_dict(model.state_dict())
     images, labels = make_images(sizes[-1])
     compute_gradients(model, images, labels, min(parts, len(images)))

@@ -32,16 +32,16 @@ os.environ["KINETO_LOG_LEVEL"] = "5"  # or the profiler reports that it has foun
 
 
 # DATA: random bytes of MNIST's shape, since the time does not depend on what they show.
-def prepare(images):  # one or many; the numbers are MNIST's own mean and deviation
+def make_numbers(images):  # one or many; the numbers are MNIST's own mean and deviation
     return (images.float() / 255 - 0.1307) / 0.3081
 
 
-def prepare_each(images):
-    return torch.stack([prepare(image) for image in images])
+def make_numbers_each(images):
+    return torch.stack([make_numbers(image) for image in images])
 
 
 # MODEL: small, so that what is wrong around it shows.
-def make_model():
+def start_anew():
     torch.manual_seed(0)  # every loop begins with the same weights
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     return model.to(DEVICE), torch.optim.SGD(model.parameters(), LEARNING_RATE)
@@ -49,7 +49,7 @@ def make_model():
 
 # TRAIN: what is wrong with it lies in what it is given; record_function names its parts for the profiler.
 def train(images, labels, size, prepare, read):
-    (model, optimizer), total = make_model(), 0.0
+    (model, optimizer), total = start_anew(), 0.0
     for batch in torch.arange(len(images), device=images.device).split(size):
         with record_function("prepare"):
             prepared = prepare(images[batch])
@@ -169,12 +169,16 @@ def main(quick=False):
     moved = images.to(DEVICE), labels.to(DEVICE)  # as bytes: a quarter of the numbers' size
     item, detach = torch.Tensor.item, torch.Tensor.detach  # item() waits for the GPU, detach() not
     loops = {
-        "all three faults": lambda n: train(images[:n], labels[:n], SMALL, prepare_each, item),
-        "1 prepare whole batches": lambda n: train(images[:n], labels[:n], SMALL, prepare, item),
-        "2 transfer and wait once": lambda n: train(
-            *(t[:n] for t in moved), SMALL, prepare, detach
+        "all three faults": lambda n: train(images[:n], labels[:n], SMALL, make_numbers_each, item),
+        "1 prepare whole batches": lambda n: train(
+            images[:n], labels[:n], SMALL, make_numbers, item
         ),
-        f"3 batches of {LARGE}": lambda n: train(*(t[:n] for t in moved), LARGE, prepare, detach),
+        "2 transfer and wait once": lambda n: train(
+            *(t[:n] for t in moved), SMALL, make_numbers, detach
+        ),
+        f"3 batches of {LARGE}": lambda n: train(
+            *(t[:n] for t in moved), LARGE, make_numbers, detach
+        ),
     }
     slow, _, well, _ = loops.values()
     print(f"All three faults under the profiler, {PROFILED} images")

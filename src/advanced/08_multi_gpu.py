@@ -52,7 +52,7 @@ def launch(processes, *arguments, restarts=0):
 
 
 # DATA: points in ten classes, and each process's share of a batch of them.
-def make_points():
+def make_labelled_points():
     numbers = torch.randn(2074, 64, generator=torch.Generator().manual_seed(0))
     points, directions = numbers.double().split([2064, 10])
     return points, (points @ directions.T).argmax(dim=1)  # [N, 64], [N]
@@ -142,7 +142,7 @@ def compare(base, other):
     return np.median(base) / np.median(other), low, high, verdict
 
 
-def show(trained, times, ranks):
+def show_ways(trained, times, ranks):
     print(f"{ranks} processes on {DEVICE.type}, a batch of {BATCH_SIZE} for each; alone, all of it")
     print("way          |   loss | difference | kB held | points/s | speed-up")
     reference, differences = trained["one process"][0], {}
@@ -169,13 +169,13 @@ def work(quick):
         torch.cuda.set_device(DEVICE)
     backend = "cpu:gloo,cuda:nccl" if ENOUGH_GPUS else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=60))  # no longer for a lost process
-    rank, ranks, data = dist.get_rank(), dist.get_world_size(), make_points()
+    rank, ranks, data = dist.get_rank(), dist.get_world_size(), make_labelled_points()
     ways = [way for way in ALONE + TOGETHER if ENOUGH_GPUS or way != "DataParallel"]
     mine, steps = ways if rank == 0 else TOGETHER, 5 if quick else STEPS
     trained = {way: train(way, data, steps, rank, ranks) for way in mine}
     times = measure(ways, data, rank, ranks, seconds=0.2 if quick else 2.0)
     if rank == 0:  # only the first one speaks
-        show(trained, times, ranks)
+        show_ways(trained, times, ranks)
     dist.destroy_process_group()
     os._exit(0)  # at once: FSDP2 over gloo sometimes aborts while Python tidies up
 

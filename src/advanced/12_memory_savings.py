@@ -135,7 +135,7 @@ def compare(base, other):
 
 
 # WAYS: each against the plain one, in bytes, in the gradients, and in time.
-def compare_ways(size, seconds):
+def compare_savings(size, seconds):
     plain, recompute, reference = (DeepCNN(again).to(DEVICE) for again in (False, True, False))
     for model in (recompute, reference):
         model.load_state_dict(plain.state_dict())
@@ -183,7 +183,7 @@ def describe(spent, base):
 def main(quick=False):
     torch.manual_seed(0)
     seconds = 0.1 if quick else 2.0
-    _, checkpointing, accumulation, _ = compare_ways(8 if quick else BATCH_SIZE, seconds)
+    _, checkpointing, accumulation, _ = compare_savings(8 if quick else BATCH_SIZE, seconds)
     compare_optimizers(seconds)
     names = {"checkpoint": checkpointing, "accumulation": accumulation}
     results = [f"{name}_kept = {kept:.1%}" for name, (kept, _) in names.items()]

@@ -51,7 +51,7 @@ def launch(processes, *arguments, restarts=0):
     return torchrun.returncode, output.rstrip(), errors
 
 
-def make_points():
+def make_labelled_points():
     numbers = torch.randn(2074, 64, generator=torch.Generator().manual_seed(0))
     points, directions = numbers.double().split([2064, 10])
     return points, (points @ directions.T).argmax(dim=1)  # [N, 64], [N]
@@ -65,7 +65,7 @@ def share_of_batch(data, step, size, rank=0, ranks=1):
 
 
 # MODEL
-def build():
+def build_small():
     torch.manual_seed(0)  # every process begins with the same weights
     layers = [nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10)]
     model = nn.Sequential(*layers).to(DEVICE, torch.float64)
@@ -85,13 +85,13 @@ def averaged_step(model, optimizer, points, labels, ranks=1):
 
 
 # WORK: what each process runs. In every attempt, the last of them is killed after some steps.
-def work(folder, steps):
+def work_until_killed(folder, steps):
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what gloo has to say goes to the errors, and Python's lines where they went
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # wait no longer for a lost one
     rank, ranks = dist.get_rank(), dist.get_world_size()
     attempt, file = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), folder / "checkpoint.pth"
-    (model, optimizer), data = build(), make_points()
+    (model, optimizer), data = build_small(), make_labelled_points()
     first = resume(model, optimizer, file)
     if rank == 0:
         print(f"  attempt {attempt + 1}: {ranks} processes begin at step {first}", flush=True)
@@ -125,7 +125,7 @@ def lose_processes(processes, steps):
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--folder", folder, "--steps", str(steps)]
         code, output, errors = launch(processes, *arguments, restarts=1)
-        (model, optimizer), data = build(), make_points()
+        (model, optimizer), data = build_small(), make_labelled_points()
         first = resume(model, optimizer, Path(folder, "checkpoint.pth"))
     print(output)
     cause = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: (\S+)", errors, re.DOTALL)
@@ -134,7 +134,7 @@ def lose_processes(processes, steps):
     seconds = time.perf_counter() - start
     print(f"  torchrun ends after {seconds:.0f} s: process {cause[1]} had exit code {cause[2]}")
     print(f"One process alone goes on from step {first}, with the whole batch")
-    undisturbed, other = build()
+    undisturbed, other = build_small()
     for step in range(steps):
         batch = share_of_batch(data, step, BATCH_SIZE * processes)
         averaged_step(undisturbed, other, *batch)
@@ -169,7 +169,7 @@ def count_seven_b():
 
 def main(processes=2, steps=20, folder=None, quick=False):
     if folder:
-        work(folder, steps)
+        work_until_killed(folder, steps)
     if processes < 2:
         sys.exit(f"--processes must be 2 or more, not {processes}.")
     code, difference = lose_processes(processes, 15 if quick else steps)
