@@ -148,9 +148,9 @@ def test_mended_faults_leave_the_weights_as_they_are(profiling):
     images, labels = torch.randint(256, (40, 28, 28)).byte(), torch.randint(10, (40,))
     moved = images.to(profiling.DEVICE), labels.to(profiling.DEVICE)
     item, detach = torch.Tensor.item, torch.Tensor.detach
-    slow, slow_loss = profiling.train(images, labels, 8, profiling.make_numbers_each, item)
-    well, loss = profiling.train(*moved, 8, profiling.make_numbers, detach)
-    large, _ = profiling.train(*moved, 40, profiling.make_numbers, detach)
+    slow, slow_loss = profiling.train(images, labels, 8, profiling.scale_each, item)
+    well, loss = profiling.train(*moved, 8, profiling.scale, detach)
+    large, _ = profiling.train(*moved, 40, profiling.scale, detach)
     assert loss == pytest.approx(slow_loss, rel=1e-5)
     for ours, theirs, others in zip(*(m.parameters() for m in (slow, well, large)), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -161,7 +161,7 @@ def test_the_profiler_sees_each_fault_and_its_trace_can_be_read(profiling, capsy
     images, labels = torch.randint(256, (256, 28, 28)).byte(), torch.randint(10, (256,))
     item = torch.Tensor.item
     trace, waits = profiling.look(
-        lambda: profiling.train(images, labels, 8, profiling.make_numbers_each, item)
+        lambda: profiling.train(images, labels, 8, profiling.scale_each, item)
     )
     assert waits == 32
     shown = capsys.readouterr().out
@@ -172,7 +172,7 @@ def test_the_profiler_sees_each_fault_and_its_trace_can_be_read(profiling, capsy
     assert names.count("aten::item") == 32
     assert not [warning for warning in recwarn if "rofiler" in str(warning.message)]
     _, waits = profiling.look(
-        lambda: profiling.train(images, labels, 8, profiling.make_numbers, torch.Tensor.detach)
+        lambda: profiling.train(images, labels, 8, profiling.scale, torch.Tensor.detach)
     )
     assert waits == 1, "the sum, once"
 

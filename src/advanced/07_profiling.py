@@ -32,12 +32,12 @@ os.environ["KINETO_LOG_LEVEL"] = "5"  # or the profiler reports that it has foun
 
 
 # DATA: random bytes of MNIST's shape, since the time does not depend on what they show.
-def make_numbers(images):  # one or many; the numbers are MNIST's own mean and deviation
+def scale(images):  # one or many; the numbers are MNIST's own mean and deviation
     return (images.float() / 255 - 0.1307) / 0.3081
 
 
-def make_numbers_each(images):
-    return torch.stack([make_numbers(image) for image in images])
+def scale_each(images):
+    return torch.stack([scale(image) for image in images])
 
 
 # MODEL: small, so that what is wrong around it shows.
@@ -169,16 +169,10 @@ def main(quick=False):
     moved = images.to(DEVICE), labels.to(DEVICE)  # as bytes: a quarter of the numbers' size
     item, detach = torch.Tensor.item, torch.Tensor.detach  # item() waits for the GPU, detach() not
     loops = {
-        "all three faults": lambda n: train(images[:n], labels[:n], SMALL, make_numbers_each, item),
-        "1 prepare whole batches": lambda n: train(
-            images[:n], labels[:n], SMALL, make_numbers, item
-        ),
-        "2 transfer and wait once": lambda n: train(
-            *(t[:n] for t in moved), SMALL, make_numbers, detach
-        ),
-        f"3 batches of {LARGE}": lambda n: train(
-            *(t[:n] for t in moved), LARGE, make_numbers, detach
-        ),
+        "all three faults": lambda n: train(images[:n], labels[:n], SMALL, scale_each, item),
+        "1 prepare whole batches": lambda n: train(images[:n], labels[:n], SMALL, scale, item),
+        "2 transfer and wait once": lambda n: train(*(t[:n] for t in moved), SMALL, scale, detach),
+        f"3 batches of {LARGE}": lambda n: train(*(t[:n] for t in moved), LARGE, scale, detach),
     }
     slow, _, well, _ = loops.values()
     print(f"All three faults under the profiler, {PROFILED} images")
