@@ -27,6 +27,8 @@ DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like mac
     "basics/02_tensors",
     "basics/05_first_nn",
     "intermediate/05_gpu_training",
+    "advanced/05_memory_management",
+    "advanced/08_multi_gpu",
 }
 
 
@@ -34,10 +36,11 @@ MASKS = {  # what may differ between two runs of a lesson
     r"models/quick/": "models/",
     r".* (stand in|downloading it)\n": "",
     r"data = .+": "data = DATA",
-    r"no difference|dropout (helps|hurts)": "VERDICT",
     r"Cannot load gpt2: .*\n": "",
     r"(Sample|Temperature [\d.]+|Top-p [\d.]+|Greedy|Next|Before|After): .*": r"\1: TEXT",
     r"(validation loss [\d.]+) \| .*": r"\1 | TEXT",
+    r"no difference|faster|slower|dropout (helps|hurts)": "VERDICT",
+    r"aten::\w+": "aten::OPERATION",
     r"is near .*": "is near WORDS",
     r", device='[\w:]+'": "",
     r"\b(cuda|mps|cpu|meta)\b(:\d)?": "DEVICE",
