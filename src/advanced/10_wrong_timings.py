@@ -108,7 +108,7 @@ def main(quick=False):
     amount = {"seconds": 0.1, "rounds": 5} if quick else {}
     model, images = CNN().to(DEVICE).eval(), torch.rand(BATCH, 1, 28, 28, device=DEVICE)
     call = torch.inference_mode()(lambda: model(images))
-    cold = time_block(call, 10)  # before this process has ever run a network
+    cold = time_block(call, 1)  # the first that this process makes
     times = time_in_turn({"one": call, "the same": call}, **amount)
     truth = np.median(times["one"])
     print(f"A batch of {BATCH}    |         says |      truth | says / truth")
