@@ -136,7 +136,7 @@ def run_tensorrt(model, images):
 
 
 WAYS = {  # name: (what makes it, how far it may be from fp32, in parts of the largest logit)
-    "eager fp32": (lambda model, images: model, 0.0),
+    "eager fp32": (lambda model, images: model, 1e-3),  # another batch alone moves the last bits
     "TF32": (run_tf32, 0.02),
     "fp16 autocast": (run_autocast(torch.float16), 0.01),
     "bf16 autocast": (run_autocast(torch.bfloat16), 0.05),
