@@ -138,6 +138,8 @@ def onnx_runtime(model, images):
     content = program.model_proto.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its idle threads
+    # would keep a core busy after each call, and slow down whatever is timed next.
     wanted = f"{DEVICE.type.upper()}ExecutionProvider"
     here = wanted if wanted in onnxruntime.get_available_providers() else "CPUExecutionProvider"
     session = onnxruntime.InferenceSession(content, options, providers=[here])

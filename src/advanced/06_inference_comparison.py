@@ -120,6 +120,8 @@ def run_onnx(model, images):
         raise RuntimeError(f"this onnxruntime has no {wanted}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its idle threads
+    # would keep a core busy after each call, and slow down whatever is timed next.
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=[wanted])
     name = session.get_inputs()[0].name
