@@ -35,7 +35,7 @@ SHOTS, PATIENCE = 40, 8  # single calls for p50 and p95; how many times slower i
 
 
 # MODEL: random weights, so nothing is downloaded; they take as long as trained ones.
-def make_model(name):
+def make_classifier(name):
     from torchvision import models
 
     names = models.list_models(module=models)
@@ -237,7 +237,7 @@ def make_ways(model, images, batches, quick):
             if quick and way in NOT_QUICK:
                 raise RuntimeError("--quick leaves it out")
             with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-                warnings.simplefilter("ignore")  # the card says that TorchScript is deprecated
+                warnings.simplefilter("ignore")  # TorchScript is deprecated: see 02
                 call = make(copy.deepcopy(model), images)
             # Some compile for each size; CUDA graphs give the same tensor again, so copy it.
             parts = [call(images[:batch]).float().to(DEVICE, copy=True) for batch in batches]
@@ -315,7 +315,7 @@ def main(quick=False, model_name=MODEL, batch_sizes=BATCHES):
     logging.disable(logging.WARNING)  # the exporters' notes to their own developers
     use_tf32(False)
     batches, size = ([1, 2], 32) if quick else (batch_sizes, SIZE)
-    model = make_model(model_name)
+    model = make_classifier(model_name)
     images = torch.rand(max(*batches, 2), 3, size, size, device=DEVICE)
     print(
         f"{model_name}, {sum(p.numel() for p in model.parameters()):,} parameters, {size} x {size}"

@@ -100,7 +100,7 @@ def time_compiled(model, images, **amount):
     return time_block(call, 100), np.median(time_in_turn({"": call}, **amount)[""])
 
 
-def show(way, says, truth):
+def show_lie(way, says, truth):
     print(f"{way:16} | {says * 1e3:9.3f} ms | {truth * 1e3:7.3f} ms | {says / truth:6.2f}")
 
 
@@ -112,21 +112,21 @@ def main(quick=False):
     times = time_in_turn({"one": call, "the same": call}, **amount)
     truth = np.median(times["one"])
     print(f"A batch of {BATCH}    |         says |      truth | says / truth")
-    show("no warm-up", cold, truth)
-    show("no synchronise", time_hastily(call, 100), truth)
+    show_lie("no warm-up", cold, truth)
+    show_lie("no synchronise", time_hastily(call, 100), truth)
     synchronize()
     ways = 3
     try:
         if quick:
             raise RuntimeError("--quick leaves the compiler out")
-        show("compile time in", *time_compiled(model, images, **amount))
+        show_lie("compile time in", *time_compiled(model, images, **amount))
         ways = 4
     except Exception as error:  # most often: no C++ compiler
         print(f"compile time in  | not run: {error}".partition("\n")[0][:99])
     shots = np.array([time_block(call, 1) for _ in range(SHOTS)])
-    show("one shot, lowest", shots.min(), truth)
-    show("one shot, median", np.median(shots), truth)
-    show("one shot, worst", shots.max(), truth)
+    show_lie("one shot, lowest", shots.min(), truth)
+    show_lie("one shot, median", np.median(shots), truth)
+    show_lie("one shot, worst", shots.max(), truth)
     fooled = np.mean(np.abs(np.log(shots[1:] / shots[:-1])) > math.log(1.1))
     print(
         f"Two shots of the same work differ by a tenth or more in {fooled:.0%} of {SHOTS - 1} tries"
