@@ -29,6 +29,9 @@ DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like mac
     "intermediate/05_gpu_training",
     "advanced/05_memory_management",
     "advanced/08_multi_gpu",
+    "advanced/02_model_optimization",
+    "advanced/04_gpu_vs_cpu_benchmark",
+    "advanced/06_inference_comparison",
 }
 
 
@@ -36,6 +39,10 @@ MASKS = {  # what may differ between two runs of a lesson
     r"models/quick/": "models/",
     r".* (stand in|downloading it)\n": "",
     r"data = .+": "data = DATA",
+    r"(?m)^(eager|TF32|\w+ autocast|channels_last|torch\.compile|TorchScript|AOTInductor"
+    r"|CUDA graphs|ONNX Runtime|TensorRT|int8 torch\S+|compile time in)[^|\n]*\|.*": "ROW",
+    r"\): (faster|slower|no difference)": "): VERDICT",
+    r": (faster from batch \d+ on|not faster to the end)": ": CROSSING",
     r"Cannot load gpt2: .*\n": "",
     r"(Sample|Temperature [\d.]+|Top-p [\d.]+|Greedy|Next|Before|After): .*": r"\1: TEXT",
     r"(validation loss [\d.]+) \| .*": r"\1 | TEXT",

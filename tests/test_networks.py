@@ -137,10 +137,10 @@ def test_reloading_gives_the_same_bits_and_tells_other_ones():
     lesson = load_lesson("intermediate/01_save_load")
     model = lesson.SimpleNet()
     other = copy.deepcopy(model)
-    assert lesson.compare(model, other) == "identical"
+    assert lesson.compare_tensors(model, other) == "identical"
     with torch.no_grad():
         other.layer1.bias[3] = torch.nextafter(other.layer1.bias[3], torch.tensor(9.0))
-    assert lesson.compare(model, other) == "different"
+    assert lesson.compare_tensors(model, other) == "different"
 
 
 # SABOTAGE: each of these faults must cost a lesson its promise.

@@ -87,7 +87,7 @@ def load(model, path, command):
 
 
 # COMPARE: every tensor of the reloaded network, bit for bit.
-def compare(model, reloaded):
+def compare_tensors(model, reloaded):
     others = reloaded.state_dict()
     for name, tensor in model.state_dict().items():
         print(f"  {name:14} {tuple(tensor.shape)!s:7} equal: {torch.equal(tensor, others[name])}")
@@ -131,7 +131,7 @@ def main(quick=False, file=None):
     path = ROOT / ("models/quick" if quick else "models") / "simplenet.pth"
     save(lambda file: torch.save(model.state_dict(), file), path)
     reloaded = load(SimpleNet().to(DEVICE), path, command)
-    outcome = compare(model, reloaded)
+    outcome = compare_tensors(model, reloaded)
     show_trap()
     print("Predictions of the reloaded network for y = 2x + 1")
     print(f"Result: reloaded = {outcome}, largest_error = {predict(reloaded):.2f}")

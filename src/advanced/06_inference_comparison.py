@@ -1,0 +1,350 @@
+"""Inference: one large network, ten ways to run it, and what each gives for what.
+
+Run:    uv run src/advanced/06_inference_comparison.py
+Needs:  nothing
+Makes:  models/plots/06_inference_comparison.png
+Expect: ways >= 5, outside_tolerance = 0
+
+Each way saves something else: bits, passes over memory, or the time to start each layer. Which of
+these your machine spends most on, only a measurement tells; and it tells for this network only.
+"""
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import difflib
+import logging
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+ON_CUDA, ON_CPU = DEVICE.type == "cuda", DEVICE.type == "cpu"
+MODEL, SIZE, BATCHES = ("resnet18", 64, "1,8") if ON_CPU else ("resnet50", 224, "1,8,16,32")
+SHOTS, PATIENCE = 40, 8  # single calls for p50 and p95; how many times slower is not worth the wait
+
+
+# MODEL: random weights, so nothing is downloaded; they take as long as trained ones.
+def make_classifier(name):
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        close = ", ".join(difflib.get_close_matches(name, names)) or ", ".join(names[:3])
+        sys.exit(f"torchvision has no classifier named {name}. Try: {close}")
+    torch.manual_seed(0)
+    return models.get_model(name, weights=None).eval().to(DEVICE)
+
+
+# WAYS: each takes the network and a few images, and returns what to call.
+def need_cuda(capability=(0, 0)):
+    if not ON_CUDA:
+        raise RuntimeError("needs a CUDA device")
+    if torch.cuda.get_device_capability() < capability:
+        raise RuntimeError(f"needs compute capability {capability[0]}.{capability[1]}")
+
+
+def use_tf32(on):
+    """Let CUDA round the factors of fp32 products to 10 bits, or not."""
+    torch.backends.cudnn.allow_tf32 = on
+    torch.set_float32_matmul_precision("high" if on else "highest")
+
+
+def run_tf32(model, images):
+    need_cuda(capability=(8, 0))
+
+    def call(x):
+        use_tf32(True)
+        try:
+            return model(x)
+        finally:
+            use_tf32(False)
+
+    return call
+
+
+def run_autocast(dtype):
+    return lambda model, images: torch.autocast(DEVICE.type, dtype=dtype)(lambda x: model(x))
+
+
+def run_channels_last(model, images):
+    model.to(memory_format=torch.channels_last)
+    return lambda x: model(x.to(memory_format=torch.channels_last))
+
+
+def run_cuda_graph(model, images):
+    """Record the kernels of a call once for each batch size, then start them all at one go."""
+    need_cuda()
+    graphs = {}
+
+    def record(x):
+        own, stream = x.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is set up in the first calls must not be recorded
+            for _ in range(3):
+                model(own)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(own)
+        return graph, own, logits
+
+    def call(x):
+        if x.shape not in graphs:
+            graphs[x.shape] = record(x)
+        graph, own, logits = graphs[x.shape]
+        own.copy_(x)
+        graph.replay()
+        return logits  # the next call of this batch size overwrites it
+
+    return call
+
+
+def run_onnx(model, images):
+    import onnxruntime
+
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    program = torch.onnx.export(model, (images[:2],), dynamic_shapes=({0: batch},), verbose=False)
+    wanted = f"{DEVICE.type.upper()}ExecutionProvider"
+    if wanted not in onnxruntime.get_available_providers():
+        raise RuntimeError(f"this onnxruntime has no {wanted}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its idle threads
+    # would keep a core busy after each call, and slow down whatever is timed next.
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=[wanted])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
+
+
+def run_tensorrt(model, images):
+    need_cuda()
+    import torch_tensorrt
+
+    sizes = {"min_shape": images[:1].shape, "opt_shape": images.shape, "max_shape": images.shape}
+    inputs = [torch_tensorrt.Input(**sizes, dtype=torch.float32)]
+    return torch_tensorrt.compile(model, ir="dynamo", inputs=inputs)
+
+
+WAYS = {  # name: (what makes it, how far it may be from fp32, in parts of the largest logit)
+    "eager fp32": (lambda model, images: model, 1e-3),  # another batch alone moves the last bits
+    "TF32": (run_tf32, 0.02),
+    "fp16 autocast": (run_autocast(torch.float16), 0.01),
+    "bf16 autocast": (run_autocast(torch.bfloat16), 0.05),
+    "channels_last": (run_channels_last, 1e-3),
+    "TorchScript": (lambda model, images: torch.jit.script(model), 1e-3),  # deprecated
+    "torch.compile": (lambda model, images: torch.compile(model, dynamic=False), 1e-3),
+    "CUDA graphs": (run_cuda_graph, 1e-3),
+    "ONNX Runtime": (run_onnx, 1e-3),
+    "TensorRT": (run_tensorrt, 0.02),
+}
+NOT_QUICK = "torch.compile", "ONNX Runtime"  # half a minute each
+
+
+# MEASURE: as in 02_model_optimization.py.
+def synchronize():
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()  # a GPU works on after the call has come back
+
+
+def time_block(call, count):
+    """Return the seconds that each of count calls takes."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def time_in_turn(calls, seconds=2.0, rounds=21):
+    """Return {name: seconds per call, [rounds]}; each call runs for `seconds` or longer in all."""
+    counts = {}
+    for name, call in calls.items():  # warm up until it no longer gets faster
+        before, now, count = math.inf, time_block(call, 1), 1
+        while now < 0.9 * before or now * count < seconds / rounds:
+            count = max(count, math.ceil(seconds / rounds / now))
+            before, now = now, time_block(call, count)
+        counts[name] = count
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(time_block(call, counts[name]))
+    return times
+
+
+def compare(base, other):
+    """Return how many times faster other is than base, the 95 % interval of that, and a verdict.
+
+    The interval is a bootstrap (Efron 1979) over the rounds; one that spans 1 shows no difference.
+    """
+    base, other = np.array(base), np.array(other)
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
+    ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
+    return np.median(base) / np.median(other), low, high, verdict
+
+
+def read_kilobytes(name):
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
+def peak_memory(call):
+    """Return the MiB that a call needs at its peak on top of what was there; nan if nobody counts."""
+    if ON_CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        before = read_kilobytes("VmRSS")
+        call()
+        return (read_kilobytes("VmHWM") - before) / 2**10
+    except (OSError, AttributeError, TypeError):
+        return math.nan
+
+
+@torch.inference_mode()
+def make_ways(model, images, batches, quick):
+    """Print how far each way's logits are from fp32, or why it does not run.
+
+    Return {way: what to call} for those worth timing, how many ran, and how many are too far off.
+    """
+    try:
+        calls, ran, broken, expected = {}, 0, 0, model(images).float()
+    except Exception as error:  # some want larger images, or know only one size
+        sys.exit(f"This network cannot read images of SIZE = {images.shape[-1]}: {error}")
+    patience = PATIENCE * time_block(lambda: model(images), 3)
+    print(f"Way           | made in  | largest Δ of {expected.abs().max():.2f} | allowed")
+    for way, (make, allowed) in WAYS.items():
+        start = time.perf_counter()
+        try:
+            if quick and way in NOT_QUICK:
+                raise RuntimeError("--quick leaves it out")
+            with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+                warnings.simplefilter("ignore")  # TorchScript is deprecated: see 02
+                call = make(copy.deepcopy(model), images)
+            # Some compile for each size; CUDA graphs give the same tensor again, so copy it.
+            parts = [call(images[:batch]).float().to(DEVICE, copy=True) for batch in batches]
+            synchronize()
+            seconds = time.perf_counter() - start
+            gaps = torch.cat([part - expected[: len(part)] for part in parts])
+            difference = (gaps.abs().max() / expected.abs().max()).item()  # in every batch
+            slow = time_block(lambda call=call: call(images), 1) > patience
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            print(f"{way:13} | not run: {reason:.75}")
+            continue
+        kept = difference <= allowed  # nan is not
+        ran, broken = ran + 1, broken + (not kept)
+        waits = f"; over {PATIENCE} times as slow as eager, not timed" if slow else ""
+        verdict = f"{allowed:.3f} {'kept' if kept else 'BROKEN'}{waits}"
+        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {verdict}")
+        if not slow:
+            calls[way] = call
+    return calls, ran, broken
+
+
+@torch.inference_mode()
+def measure(calls, images, shots, **amount):
+    """Print a row for each way; return {way: images/s}."""
+    runs = {way: lambda call=call: call(images) for way, call in calls.items()}
+    times, rates = time_in_turn(runs, **amount), {}
+    print(
+        f"Batch of {len(images):4} | images/s |   p50 ms |   p95 ms | peak MiB | times as fast (95 %)"
+    )
+    for way, call in runs.items():
+        middle, late = np.percentile([time_block(call, 1) for _ in range(shots)], [50, 95]) * 1e3
+        ratio, low, high, verdict = compare(times["eager fp32"], times[way])
+        rates[way] = len(images) / np.median(times[way])
+        print(
+            f"{way:13} | {rates[way]:8,.1f} | {middle:8.2f} | {late:8.2f} | {peak_memory(call):8.1f} | "
+            f"{ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}"
+        )
+    return rates
+
+
+# PICTURE: images a second against the batch.
+def draw(rates, name):
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for way in next(iter(rates.values())):
+        axes.plot(list(rates), [rates[batch][way] for batch in rates], marker="o", label=way)
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s", title=name)
+    axes.set_xticks(list(rates), list(rates))
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    return figure
+
+
+# SAVE: as in basics/07_activations.py.
+def save(write, path):
+    """Let write(file) fill a new file, then rename it to path; exit with a sentence if that fails."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            write(file)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        sys.exit(
+            f"Cannot write {path}: {error}. Make room or mend its permissions, then run again."
+        )
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    print(f"Saved {path.relative_to(ROOT).as_posix()}")
+
+
+def main(quick=False, model_name=MODEL, batch_sizes=BATCHES):
+    logging.disable(logging.WARNING)  # the exporters' notes to their own developers
+    use_tf32(False)
+    batches, size = ([1, 2], 32) if quick else (batch_sizes, SIZE)
+    model = make_classifier(model_name)
+    images = torch.rand(max(*batches, 2), 3, size, size, device=DEVICE)
+    print(
+        f"{model_name}, {sum(p.numel() for p in model.parameters()):,} parameters, {size} x {size}"
+    )
+    calls, ran, broken = make_ways(model, images, batches, quick)
+    options = {"seconds": 0.02, "rounds": 5, "shots": 5} if quick else {"shots": SHOTS}
+    rates = {batch: measure(calls, images[:batch], **options) for batch in batches}
+    plots = ROOT / ("models/quick" if quick else "models") / "plots"
+    save(draw(rates, model_name).savefig, plots / "06_inference_comparison.png")
+    print(f"Result: ways = {ran}, outside_tolerance = {broken}")
+
+
+def positive_numbers(text):
+    numbers = sorted({int(part) for part in text.split(",")})
+    if numbers[0] < 1:  # argparse makes one sentence of it
+        raise ValueError
+    return numbers
+
+
+if __name__ == "__main__":
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_argument("--quick", action="store_true", help="smoke run: tiny images, no compiler")
+    cli.add_argument(
+        "--model-name", default=MODEL, help=f"a classifier of torchvision, here {MODEL}"
+    )
+    cli.add_argument(
+        "--batch-sizes", type=positive_numbers, default=BATCHES, help=f"here {BATCHES}"
+    )
+    try:
+        main(**vars(cli.parse_args()))
+    except KeyboardInterrupt:
+        sys.exit("Stopped; no file is left half-written.")

@@ -1,0 +1,412 @@
+"""The benchmark method on simulated clocks, and the lessons that optimise, compare and time networks."""
+
+import io
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_lesson
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def timing():
+    return load_lesson("advanced/10_wrong_timings")
+
+
+@pytest.fixture
+def forms():
+    return load_lesson("advanced/02_model_optimization")
+
+
+@pytest.fixture
+def sides():
+    return load_lesson("advanced/04_gpu_vs_cpu_benchmark")
+
+
+@pytest.fixture
+def ways():
+    return load_lesson("advanced/06_inference_comparison")
+
+
+# METHOD: a machine whose clock we set. Its noise has a heavy tail: one block in ten is disturbed.
+def noisy(random, seconds, rounds=21):
+    times = seconds * np.exp(random.normal(0, 0.05, rounds))
+    disturbed = random.random(rounds) < 0.1
+    times[disturbed] *= 1 + random.pareto(1.5, disturbed.sum())
+    return times
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(1.0, "no difference"), (1.1, "slower"), (1 / 1.1, "faster")]
+)
+def test_the_verdict_is_right_in_95_of_100_trials(timing, factor, expected):
+    random, trials = np.random.default_rng(1), 400
+    verdicts = [timing.compare(noisy(random, 1.0), noisy(random, factor))[3] for _ in range(trials)]
+    assert verdicts.count(expected) >= 0.95 * trials
+
+
+class Machine:
+    """A clock that only work moves on; speed(now) says how slow the machine is at that time."""
+
+    def __init__(self, speed=lambda now: 1.0):
+        self.now, self.speed, self.pending, self.random = 0.0, speed, 0.0, np.random.default_rng(2)
+
+    def perf_counter(self):
+        return self.now
+
+    def work(self, seconds):
+        return lambda: self.advance(noisy(self.random, seconds, 1)[0])
+
+    def advance(self, seconds):
+        self.now += seconds * self.speed(self.now)
+
+    def enqueue(self, seconds):
+        self.pending += seconds
+
+    def synchronize(self):
+        self.now, self.pending = self.now + self.pending, 0.0
+
+
+def test_the_whole_method_is_right_in_95_of_100_trials(timing, monkeypatch):
+    found = []
+    for _ in range(100):
+        machine = Machine()
+        monkeypatch.setattr(timing, "time", machine)
+        calls = {"base": machine.work(1.0), "same": machine.work(1.0), "slow": machine.work(1.1)}
+        times = timing.time_in_turn(calls)
+        verdicts = [timing.compare(times["base"], times[name])[3] for name in ("same", "slow")]
+        found.append(verdicts == ["no difference", "slower"])
+    assert np.mean(found) >= 0.9  # both of them at once: 0.95 x 0.95
+
+
+def test_a_machine_that_slows_down_fools_only_those_who_time_one_after_the_other(
+    timing, monkeypatch
+):
+    machine = Machine(speed=lambda now: 1.0 if now < 30 else 1.5)
+    monkeypatch.setattr(timing, "time", machine)
+    first, second = machine.work(1.0), machine.work(1.0)
+    one_after_the_other = [
+        [timing.time_block(call, 1) for _ in range(30)] for call in (first, second)
+    ]
+    assert timing.compare(*one_after_the_other)[3] == "slower"
+    machine.now = 0.0
+    times = timing.time_in_turn({"first": first, "second": second})
+    assert timing.compare(times["first"], times["second"])[3] == "no difference"
+
+
+def test_each_candidate_warms_up_and_runs_often_and_long_enough(timing, monkeypatch):
+    machine, calls = Machine(), []
+    monkeypatch.setattr(timing, "time", machine)
+
+    def compiles_first():
+        calls.append(machine.now)
+        machine.advance(max(0.01, 20.0 / 2 ** len(calls)))
+
+    times = timing.time_in_turn({"": compiles_first})[""]
+    assert len(times) >= 5
+    assert max(times) == pytest.approx(0.01), "neither the compiler nor the cold start counts"
+    counted = [start for start in calls if start >= calls[-1] - 2.0]
+    assert len(counted) * 0.01 >= 2.0 - 0.02
+
+
+def test_the_clock_is_read_when_the_device_is_idle(timing, monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr(timing, "time", machine)
+    monkeypatch.setattr(timing, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", machine.synchronize)
+    machine.enqueue(5.0)  # somebody else's work, which must not count
+    call = lambda: machine.enqueue(0.1)
+    assert timing.time_block(call, 10) == pytest.approx(0.1)
+    assert timing.time_hastily(call, 10) == 0.0
+
+
+# FORMS: each is within its tolerance, and a broken one is found out.
+@pytest.fixture
+def network(forms):
+    torch.manual_seed(0)
+    model, images = forms.CNN().eval(), torch.rand(700, 1, 28, 28)  # 512 and an odd rest
+    return model, images, torch.zeros(700, dtype=torch.long), forms.answer(model, images)
+
+
+FORMS = ["eager", "channels_last", "bf16 autocast", "torch.compile", "TorchScript"]
+FORMS += ["AOTInductor", "ONNX Runtime", "int8 torch.ao", "int8 torchao"]
+
+
+def test_every_form_is_tested(forms):
+    assert list(forms.FORMS) == FORMS
+    assert set(forms.NOT_QUICK) < set(FORMS)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_within_its_tolerance(forms, network, name):
+    if name in forms.NOT_QUICK and not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    call, content, accuracy, row = forms.check_form(name, *network)
+    assert row.endswith("kept"), row
+    assert content
+    assert 0 <= accuracy <= 1
+    with torch.inference_mode():
+        for batch in (1, 3):  # sizes that it has not been made with
+            answered = call(network[1][:batch]).float()
+            assert (answered - network[3][:batch]).abs().max() <= forms.FORMS[name][1]
+
+
+def spoil(forms, network, make, layers=()):
+    """Return the table's row for a form that make has spoilt."""
+    model, images, labels, _ = network
+    model = nn.Sequential(model, *layers).eval()
+    forms.FORMS = {"spoilt": (make, 1e-3, None)}
+    return forms.check_form("spoilt", model, images, labels, forms.answer(model, images))
+
+
+def exported_in_training(forms):
+    return lambda model, images: (forms.export(model.train(), images).module(), b"")
+
+
+def exported_for_two(model, images):
+    return torch.export.export(model, (images[:2],)).module(), b""
+
+
+def test_a_broken_export_is_found_in_the_table(forms, network):
+    dropout, norm = [nn.Dropout(0.5)], [nn.BatchNorm1d(10)]
+    sound = spoil(forms, network, lambda model, images: (model, b""), dropout + norm)
+    assert sound[3].endswith("kept")
+    for layers in (dropout, norm):
+        call, _, _, row = spoil(forms, network, exported_in_training(forms), layers)
+        assert row.endswith("BROKEN") or call is None, row  # a batch of 1 has no norm to train with
+        assert "kept" not in row
+    call, _, _, row = spoil(forms, network, exported_for_two)
+    assert call is None
+    assert row.startswith("not run: ")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "nan": lambda x, logits: logits * math.nan,
+        "one image": lambda x, logits: logits + (len(x) == 1),
+        "the last image": lambda x, logits: (
+            logits + (len(x) == 188) * torch.eye(len(x), 10).flip(0)
+        ),
+    }.values(),
+)
+def test_damage_to_a_single_batch_is_found(forms, network, damage):
+    row = spoil(forms, network, lambda model, _: (lambda x: damage(x, model(x)), b""))[3]
+    assert row.endswith("BROKEN")
+
+
+def test_a_missing_package_is_a_reason_in_the_table(forms, network, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    call, _, _, row = forms.check_form("ONNX Runtime", *network)
+    assert call is None
+    assert "onnxruntime" in row
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_is_shipped_gives_the_same_answers(forms, network, tmp_path):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model, images, _, _ = network
+    forms.CNN.__module__ = "__main__"  # TorchScript cannot read back a name like 02_...
+    call, content, _, _ = forms.check_form("TorchScript", *network)
+    assert torch.equal(torch.jit.load(io.BytesIO(content))(images), call(images))
+    call, content, _, _ = forms.check_form("int8 torchao", *network)
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    other = forms.CNN().eval()
+    quantize_(other, Int8DynamicActivationInt8WeightConfig(version=2))
+    other.load_state_dict(state)
+    assert torch.equal(other(images), call(images))
+    assert len(content) < 0.35 * len(forms.pack(model))
+
+
+def test_without_a_trained_network_the_lesson_names_the_command(forms, tmp_path):
+    forms.ROOT = tmp_path
+    with pytest.raises(
+        SystemExit, match=r"Make it with: uv run src/intermediate/02_cnn.py --quick"
+    ):
+        forms.main(quick=True)
+
+
+# GPU AGAINST CPU: what is counted, and where the crossing lies.
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (["slower", "no difference", "faster", "faster"], "faster from batch 32 on"),
+        (["faster", "faster", "faster", "faster"], "faster from batch 1 on"),
+        (["slower", "faster", "slower", "faster"], "faster from batch 128 on"),
+        (["slower", "faster", "faster", "no difference"], "not faster to the end"),
+    ],
+)
+def test_the_crossing_is_where_nothing_slower_follows(sides, capsys, monkeypatch, verdicts, words):
+    told = iter(verdicts)
+    rates = {"1 thread": np.ones(5), "all threads": np.ones(5)}
+    monkeypatch.setattr(sides, "measure", lambda *_, **__: (rates, f"1.00 (1 to 1): {next(told)}"))
+    both = sides.pick_sides()
+    _, difference = sides.compare_batches("T", sides.inference, both, [1, 8, 32, 128], {})
+    assert f": {words}\n" in capsys.readouterr().out
+    assert difference <= 1e-5
+
+
+def test_images_and_operations_are_counted(sides, capsys, monkeypatch):
+    took = {"1 thread": [0.5] * 5, "all threads": [0.25] * 5}
+    monkeypatch.setattr(sides, "time_in_turn", lambda works, **_: took)
+    rates, words = sides.measure({}, {"1 thread": 32, "all threads": 32})
+    assert rates["1 thread"].tolist() == [64.0] * 5
+    assert rates["all threads"].tolist() == [128.0] * 5
+    assert words == "2.00 (2.00 to 2.00): faster"
+    both = dict.fromkeys(took, (torch.device("cpu"), 1))
+    sides.compare_products(both, {"1 thread": 500, "all threads": 1000}, math.nan)
+    shown = capsys.readouterr().out
+    assert "Matrices of 500 by 1 thread: 0.5" in shown or "1 thread: 0 (0 to 0) GFLOP/s" in shown
+    assert "Matrices of 1000 by all threads: 8 (8 to 8) GFLOP/s, peak not known" in shown
+
+
+def test_a_share_of_the_peak_is_shown_where_the_peak_is_known(sides, capsys, monkeypatch):
+    monkeypatch.setattr(
+        sides, "time_in_turn", lambda works, **_: {"CPU": [1.0] * 5, "GPU": [1.0] * 5}
+    )
+    monkeypatch.setattr(sides, "matmul", lambda device, size: None)
+    both = {"CPU": (torch.device("cpu"), 1), "GPU": (torch.device("cuda"), 1)}
+    sides.compare_products(both, {"CPU": 1000, "GPU": 1000}, peak=8.0)
+    assert "by GPU: 2 (2 to 2) GFLOP/s, 25% of its peak" in capsys.readouterr().out
+
+
+def test_both_sides_do_the_same_work(sides):
+    cpu = torch.device("cpu")
+    for work in (sides.inference, sides.training):
+        assert torch.equal(work(cpu, 4)(), work(cpu, 4)())
+    step = sides.training(cpu, 4)
+    assert step() != step(), "a training step trains"
+
+
+def test_matrices_that_do_not_fit_end_in_a_sentence(sides):
+    with pytest.raises(SystemExit, match="smaller --matrix-size"):
+        sides.matmul(torch.device("cpu"), 10**7)
+
+
+# WAYS: a small classifier through all of them.
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)]
+    return nn.Sequential(*layers).eval(), torch.rand(4, 3, 8, 8)
+
+
+def test_every_way_is_within_its_tolerance(ways, small, capsys):
+    model, images = small
+    calls, ran, broken = ways.make_ways(model, images, [1, 4], quick=False)
+    rows = dict(re.findall(r"^(\w[\w. ]*\w) +\| (.+)$", capsys.readouterr().out, re.MULTILINE))
+    assert broken == 0
+    for way in ways.WAYS:
+        assert "kept" in rows[way] or "not run" in rows[way], rows[way]
+        assert "kept" in rows[way] or way not in calls
+    assert ran == sum("kept" in row for row in rows.values())
+    expected = {"eager fp32", "fp16 autocast", "bf16 autocast", "channels_last", "TorchScript"}
+    assert expected | {"ONNX Runtime"} <= {way for way in rows if "kept" in rows[way]}
+    if not ways.ON_CUDA:
+        for way in ("TF32", "CUDA graphs", "TensorRT"):
+            assert "needs a CUDA device" in rows[way]
+
+
+def test_a_broken_way_is_found(ways, small, capsys):
+    model, images = small
+    buffer = torch.zeros(4, 10)
+
+    def keeps_one_buffer(
+        x,
+    ):  # as a CUDA graph does: right, although the answers overwrite each other
+        buffer[: len(x)] = model(x)
+        return buffer[: len(x)]
+
+    ways.WAYS = {
+        "in training": (lambda model, _: model.train(), 1e-3),
+        "one image": (lambda model, _: lambda x: model(x) + (len(x) == 1), 1e-3),
+        "nan": (lambda model, _: lambda x: model(x) * math.nan, 1e-3),
+        "another batch": (lambda model, _: torch.export.export(model, (images,)).module(), 1e-3),
+        "one buffer": (lambda model, _: keeps_one_buffer, 1e-3),
+    }
+    _, ran, broken = ways.make_ways(model, images, [1, 4], quick=False)
+    assert (ran, broken) == (4, 3)
+    shown = capsys.readouterr().out
+    assert {row.split(" |")[0].strip() for row in shown.splitlines() if " s | " in row} == {
+        "in training",
+        "one image",
+        "nan",
+        "one buffer",
+    }
+    assert "another batch | not run" in shown
+
+
+def test_a_way_that_takes_too_long_is_not_waited_for(ways, small, monkeypatch):
+    model, images = small
+    seconds = {id(images): 1.0}
+    monkeypatch.setattr(ways, "time_block", lambda call, count: (call(), seconds["now"])[1])
+    seconds["now"] = 1.0
+    ways.WAYS = {"eager fp32": (lambda model, _: model, 1e-3)}
+    assert list(ways.make_ways(model, images, [4], quick=False)[0]) == ["eager fp32"]
+    ways.PATIENCE = 0.5
+    assert ways.make_ways(model, images, [4], quick=False)[0] == {}
+
+
+def test_an_unknown_network_is_refused_with_a_suggestion(ways):
+    with pytest.raises(SystemExit, match=r"no classifier named resnet_50\. Try: .*resnet50"):
+        ways.main(model_name="resnet_50")
+
+
+def test_images_of_a_wrong_size_end_in_a_sentence(ways, small):
+    model, images = small
+    with pytest.raises(SystemExit, match="cannot read images of SIZE = 4"):
+        ways.make_ways(model, images[..., :4, :4], [1], quick=False)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-8", "1,a", "1;8"])
+def test_bad_batch_sizes_are_refused(ways, text):
+    with pytest.raises(ValueError):
+        ways.positive_numbers(text)
+    assert ways.positive_numbers("8,1,8") == [1, 8]
+
+
+# SCRIPT: the reference project's commands, with a stand-in for uv that only writes them down.
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+@pytest.mark.parametrize("gpu", [True, False])
+def test_run_benchmarks_runs_the_three_lessons(tmp_path, gpu):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "run_benchmarks.sh", tmp_path / "scripts")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    programs = {
+        "uv": 'echo "$*" >> "$LOG"; echo "Result: ways = 1"',
+        "nvidia-smi": f"exit {not gpu:d}",
+    }
+    for name, script in programs.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    plots = tmp_path / "models" / "plots"
+    plots.mkdir(parents=True)
+    (plots / "04_gpu_vs_cpu_benchmark.png").write_bytes(b"picture")
+    log = tmp_path / "log"
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "LOG": str(log)}
+    command = ["bash", str(tmp_path / "scripts" / "run_benchmarks.sh")]
+    subprocess.run(command, check=True, env=environment, cwd="/", capture_output=True)
+    commands = log.read_text().splitlines()
+    assert [re.search(r"advanced/(\d\d)", line)[1] for line in commands] == ["04", "05", "06"]
+    assert ("--matrix-size 8192 --iterations 100" in commands[0]) == gpu
+    assert ("--model-name resnet50 --batch-sizes 1,8,16,32" in commands[2]) == gpu
+    assert "--batch-sizes 16,32,64,128" in commands[1]
+    (collected,) = (tmp_path / "models" / "benchmarks").iterdir()
+    assert {path.name for path in collected.iterdir()} >= {
+        "04_gpu_vs_cpu_benchmark.txt",
+        "05_memory_management.txt",
+        "06_inference_comparison.txt",
+        "04_gpu_vs_cpu_benchmark.png",
+    }
+    (tools / "uv").write_text("#!/bin/sh\nexit 3\n")
+    failed = subprocess.run(command, check=False, env=environment, cwd="/", capture_output=True)
+    assert failed.returncode != 0, "a lesson that fails is not hidden by the pipe"
