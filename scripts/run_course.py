@@ -200,6 +200,9 @@ def try_seeds(lessons):
             with tempfile.TemporaryDirectory() as folder:
                 (ROOT / "data").mkdir(exist_ok=True)
                 Path(folder, "data").symlink_to(ROOT / "data")
+                for file in files_in(read_card(lesson)["Needs"]):
+                    Path(folder, file).parent.mkdir(parents=True, exist_ok=True)
+                    Path(folder, file).symlink_to(ROOT / file)
                 command = [sys.executable, "-c", SEEDED_RUN, str(lesson), str(seed), folder]
                 lines.append(subprocess.check_output(command, text=True).splitlines()[-1])
             print(f"{name_of(lesson)} seed {seed}: {lines[-1]}", flush=True)

@@ -34,7 +34,7 @@ MASKS = {  # what may differ between two runs of a lesson
     r"models/quick/": "models/",
     r".* (stand in|downloading it)\n": "",
     r"data = .+": "data = DATA",
-    r"no difference|dropout (helps|hurts)": "VERDICT",
+    r"no difference|dropout (helps|hurts)|\b(faster|slower|better|worse|undecided)\b": "VERDICT",
     r"(Sample|Temperature [\d.]+): .*": r"\1: TEXT",
     r"is near .*": "is near WORDS",
     r", device='[\w:]+'": "",

@@ -22,8 +22,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-COMMAND = "uv run src/intermediate/02_cnn.py"
-INK, SIDE, CONTRAST = 0.5, 20, 0.05  # what counts as ink, its size in pixels, less is blank
+INK, SIDE, CONTRAST = 0.5, 20, 0.05  # darker is ink; the ink's side in pixels; less is blank
 
 
 # DATA: the test images that intermediate/02_cnn.py used, or small ones of another size.
@@ -45,7 +44,7 @@ def read_test_digits():
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        return digits.images[1437:], torch.tensor(digits.target[1437:]), "scikit-learn digits"
+        return digits.images[1437:] / 16, torch.tensor(digits.target[1437:]), "scikit-learn digits"
 
 
 # PREPARE: a path, a PIL image, an array or a tensor becomes what MNIST's makers made of their scans.
@@ -91,13 +90,11 @@ def fit(gray):
     gray = gray[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # the ink only
     size = [max(1, round(SIDE * side / max(gray.shape))) for side in gray.shape]  # never stretched
     gray = F.interpolate(gray[None, None], size, mode="bilinear", antialias=True)[0, 0]
-    canvas, corner = torch.zeros(28, 28), []
+    corner = []
     for axis, side in enumerate(size):  # the centre of mass goes to the middle, if there is room
         middle = gray.sum(dim=1 - axis) @ torch.arange(side, dtype=torch.float32) / gray.sum()
         corner.append(min(max(round(14 - middle.item()), 0), 28 - side))
-    top, left = corner
-    canvas[top : top + size[0], left : left + size[1]] = gray
-    return canvas
+    return F.pad(gray, (corner[1], 28 - size[1] - corner[1], corner[0], 28 - size[0] - corner[0]))
 
 
 def prepare(images):
@@ -133,11 +130,11 @@ class MNISTInferencePipeline:
     def __init__(self, model_path):
         self.model = CNN().to(DEVICE)
         try:
-            state = torch.load(model_path, map_location=DEVICE, weights_only=True)
-            self.model.load_state_dict(state)
-        except Exception as error:
-                problem = f"{model_path} is missing or not this network's ({type(error).__name__})"
-            raise ValueError(f"{problem}. Make it with: {COMMAND}") from error
+            self.model.load_state_dict(torch.load(model_path, DEVICE, weights_only=True))
+        except Exception as error:  # missing, damaged, or another network's
+            problem = f"{model_path} cannot be used ({type(error).__name__}). Make it with: "
+            flag = " --quick" if Path(model_path).parent.name == "quick" else ""
+            raise ValueError(f"{problem}uv run src/intermediate/02_cnn.py{flag}") from error
         self.model.eval()
         print(f"Inference pipeline ready | device: {DEVICE}")
 
@@ -161,30 +158,29 @@ class MNISTInferencePipeline:
         ]
 
 
-def show(results):
-    for result in results:
-        print(" ", result.get("error") or f"{result['digit']} with {result['confidence']:.2%}")
-
-
 # TRY: a digit as a scanner sees it: five times as large, dark on light, on an oblong page.
 def scan(image):
     page = 230 - 200 * np.kron(np.reshape(image, np.shape(image)[-2:]), np.ones((5, 5)))
     return Image.fromarray(np.pad(page, ((30, 60), (90, 20)), constant_values=230).astype(np.uint8))
 
 
+def show(names, results):
+    """Print an answer or an error for each image, and return the number of errors."""
+    for name, result in zip(names, results, strict=True):
+        answer = f"{name}: {result['digit']}, confidence {result['confidence']:.2%}"
+        print(" ", result.get("error", answer))
+    return sum("error" in result for result in results)
+
+
 def main(quick=False, image=None):
-    folder = "models/quick" if quick else "models"
-    pipeline = MNISTInferencePipeline(ROOT / folder / "mnist_cnn.pth")
+    models = ROOT / ("models/quick" if quick else "models")
+    pipeline = MNISTInferencePipeline(models / "mnist_cnn.pth")
     if image:
-        results = pipeline.predict_batch(image)
-        show(results)
-        sys.exit(any("error" in result for result in results))
+        sys.exit(min(show(image, pipeline.predict_batch(image)), 1))
     images, labels, source = read_test_digits()
     images, labels = images[: 500 if quick else None], labels[: 500 if quick else None]
-    print(f"Expected: {labels[:2].tolist()}, and two errors that cost the others nothing")
-    results = pipeline.predict_batch([images[0], scan(images[1]), "none.png", images[2] * np.nan])
-    show(results)
-    refused = sum("error" in result for result in results)
+    mixed = [images[0], "missing.png", scan(images[1]), images[2] * np.nan]
+    refused = show(["as it is", "no file", "scan", "NaN"], pipeline.predict_batch(mixed))
     words = []
     for name, batch in {"test": images, "scan": [scan(image) for image in images]}.items():
         digits = np.array([result["digit"] for result in pipeline.predict_batch(batch)])

@@ -113,7 +113,7 @@ def train(model, images, labels, rate, steps):
 @torch.inference_mode()
 def evaluate(model, images, labels):
     predicted = torch.cat([model(chunk).argmax(dim=1) for chunk in images.split(1000)])
-    return (predicted == labels).float().np.mean().item()
+    return (predicted == labels).float().mean().item()
 
 
 def compare_ways(backbone, count, steps, pool, validation, test, trials):

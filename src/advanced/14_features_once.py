@@ -1,6 +1,6 @@
 """Features once: measure what it saves not to compute again what never changes.
 
-Run:    uv run src/advanced/10_features_once.py
+Run:    uv run src/advanced/14_features_once.py
 Needs:  nothing
 Makes:  nothing
 Expect: same_answers >= 99 %
