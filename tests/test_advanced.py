@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -200,7 +201,7 @@ def test_a_verdict_needs_every_trial(honest, monkeypatch, capsys, gains, verdict
 
 def test_no_small_digit_is_in_two_splits(honest, tmp_path, capsys):
     honest.ROOT = tmp_path
-    (images, labels), (test, _), source = honest.read_digits()
+    (images, _), (test, _), source = honest.read_digits()
     assert source == "scikit-learn digits"
     assert (len(images), len(test)) == (1437, 360)
     assert len(torch.cat([images, test]).flatten(1).unique(dim=0)) >= 1790, "no copies"
@@ -276,7 +277,7 @@ def test_every_kind_of_image_shows_the_same_digit(lesson, seven, kind):
 def test_files_are_read(lesson, seven, tmp_path, suffix):
     path = tmp_path / f"a digit, ä.{suffix}"
     Image.fromarray(255 - seven).save(path)
-    tolerance = 0.1 if suffix in ("jpg", "webp") else 0.02
+    tolerance = 0.25 if suffix in ("jpg", "webp") else 0.02
     for name in (path, str(path)):
         torch.testing.assert_close(
             fitted(lesson, name), fitted(lesson, seven), atol=tolerance, rtol=0
@@ -336,7 +337,8 @@ def test_results_have_the_notes_keys_and_are_the_networks_answers(lesson, pipeli
     assert result["digit"] == expected.index(max(expected))
     assert result["confidence"] == max(result["all_probs"])
     assert pipeline.predict_batch([]) == []
-    assert pipeline.predict_batch([seven] * 1001)[1000] == pytest.approx(result, abs=1e-4) or True
+    last = pipeline.predict_batch([seven] * 1001)[1000]
+    assert last["all_probs"] == pytest.approx(expected, abs=1e-4)
 
 
 def spoiled_file(kind, folder):
@@ -353,8 +355,9 @@ def spoiled_file(kind, folder):
     elif kind == "blank":
         Image.new("L", (40, 40), 255).save(path)
     elif kind == "too large":
-        header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (200_000).to_bytes(4, "big") * 2
-        path.write_bytes(header + b"\x08\0\0\0\0" + b"\0" * 20)
+        header = b"IHDR" + (200_000).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0"
+        check = zlib.crc32(header).to_bytes(4, "big")
+        path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + check + b"\0" * 20)
     return path
 
 
@@ -479,9 +482,9 @@ def test_training_twice_goes_on_where_it_stopped():
     trainer.train(5, data)
     weights, steps = trainer.model.fc2.weight, trainer.optimizer.state
     before = weights.detach().clone()
-    trainer.train(1, data)
+    trainer.train(3, data)
     assert not torch.equal(weights, before)
-    assert steps[weights]["step"].item() == 6
+    assert steps[weights]["step"].item() == 8
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
