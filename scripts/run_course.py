@@ -35,6 +35,8 @@ CLAIMS = [  # what the notes report: in words, in their number, and where this c
     ("its parameters", "52,138", "intermediate/02_cnn", "parameters"),
     ("20 coin tosses, test", "58 %", "intermediate/03_overfitting_dropout", "noise_test"),
     ("200 samples of a rule, test", "97.80 %", "intermediate/03_overfitting_dropout", "rule_test"),
+    ("retrained for digits 0 to 4", "99.77 %", "advanced/01_transfer_learning", "test_accuracy"),
+    ("parameters retrained", "650", "advanced/01_transfer_learning", "trainable"),
     ("parameters of a block of width 8", "776", "llm/03_transformer_block", "block"),
     ("parameters of GPT-2 small", "117 M", "llm/03_transformer_block", "gpt2_small"),
     ("parameters of MiniGPT", "25,103", "llm/04_mini_gpt", "parameters"),
@@ -203,7 +205,7 @@ def try_seeds(lessons):
                 (ROOT / "data").mkdir(exist_ok=True)
                 Path(folder, "data").symlink_to(ROOT / "data")
                 for file in files_in(read_card(lesson)["Needs"]):
-                    Path(folder, file).parent.mkdir(exist_ok=True)
+                    Path(folder, file).parent.mkdir(parents=True, exist_ok=True)
                     Path(folder, file).symlink_to(ROOT / file)
                 command = [sys.executable, "-c", SEEDED_RUN, str(lesson), str(seed), folder]
                 lines.append(subprocess.check_output(command, text=True).splitlines()[-1])

@@ -46,7 +46,7 @@ MASKS = {  # what may differ between two runs of a lesson
     r"Cannot load gpt2: .*\n": "",
     r"(Sample|Temperature [\d.]+|Top-p [\d.]+|Greedy|Next|Before|After): .*": r"\1: TEXT",
     r"(validation loss [\d.]+) \| .*": r"\1 | TEXT",
-    r"no difference|faster|slower|dropout (helps|hurts)": "VERDICT",
+    r"no difference|dropout (helps|hurts)|\b(faster|slower|better|worse|undecided)\b": "VERDICT",
     r"aten::\w+": "aten::OPERATION",
     r"is near .*": "is near WORDS",
     r", device='[\w:]+'": "",
