@@ -33,9 +33,8 @@ def server_url(address):
     form = r"(?:(https?)://)?(\[[\da-fA-F:]+\]|[\w.-]*)(?::(\d{1,5}))?/?"
     if not (match := re.fullmatch(form, address.strip("\"' "))):
         sys.exit(f"{address!r} is no server's address; one looks like http://127.0.0.1:11434")
-    scheme, host, port = match.groups()
-    port = port or {"http": 80, "https": 443}.get(scheme, 11434)
-    return f"{scheme or 'http'}://{host or '127.0.0.1'}:{port}"
+    port = match[3] or {"http": 80, "https": 443}.get(match[1], 11434)
+    return f"{match[1] or 'http'}://{match[2] or '127.0.0.1'}:{port}"
 
 
 def printable(text):

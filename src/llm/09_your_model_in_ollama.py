@@ -5,9 +5,8 @@ Needs:  models/gpt2_mini/, models/gpt2_lora/ (and a running Ollama, for the seco
 Makes:  models/ollama/my_gpt2.gguf, models/ollama/Modelfile
 Expect: agreement >= 90 %
 
-A GGUF file is a model for people without Python: weights, tokenizer and the form of a question.
-If all of it is right, Ollama writes the very tokens that PyTorch writes; one matrix the wrong way
-round, and it writes nonsense without a complaint. So both are asked, and compared.
+A GGUF file holds a whole model, without Python. If all in it is right, Ollama writes the very tokens
+that PyTorch writes; with one matrix the wrong way round, nonsense. So both are asked, and compared.
 """
 
 import argparse
@@ -26,33 +25,29 @@ import requests
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE, LENGTH, TIMEOUT, END = "my_gpt2.gguf", 40, (5, 300), "<|endoftext|>"
+FILE, LENGTH, END = "my_gpt2.gguf", 40, "<|endoftext|>"
+DIRECT = {"timeout": (5, 300), "allow_redirects": False, "proxies": {"http": "", "https": ""}}
 QUESTION = "Question: {}\nAnswer:"  # the form that llm/07_finetune_lora.py has tuned for
 TEMPLATE = QUESTION.format("{{ .Prompt }}") + "{{ .Response }}" + END  # for Ollama, in Go's terms
-STOP = [END, "Question:"]
-MODELFILE = f'''FROM ./{FILE}
-TEMPLATE """{TEMPLATE}"""
-PARAMETER stop "{END}"
-PARAMETER stop "{STOP[1]}"
-'''
-USER, OTHERS = "'Question: ' + m.content + '\\nAnswer:'", f"m.content + '{END}'"  # in Jinja's terms
-CHAT = f"{{% for m in messages %}}{{{{ {USER} if m.role == 'user' else {OTHERS} }}}}{{% endfor %}}"
+STOP = [END, "Question:"]  # where an answer ends
+RULES = "".join(f'PARAMETER stop "{word}"\n' for word in STOP)
+MODELFILE = f'FROM ./{FILE}\nTEMPLATE """{TEMPLATE}"""\n{RULES}'
+CHAT = """{% for m in messages %}{{ 'Question: ' + m.content + '\\nAnswer:' if m.role == 'user'
+else m.content + '<|endoftext|>' }}{% endfor %}"""  # for other programs, in Jinja's terms
 NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 48)  # blocks: as many as the largest has
 
 
 # LOAD: an adapter and its base become one model, on the CPU in float32: it is the reference.
 def load_model(folder):
-    """Return (model, tokenizer) of a Hugging Face folder, or of a peft adapter's."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     adapter, base = folder / "adapter_config.json", str(folder.resolve())
     if adapter.exists():
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    if base != "gpt2":  # which is a name on the Hub
-        base = ROOT / base
-        if not (base / "config.json").exists():
-            raise FileNotFoundError(f"there is no model in {base}")
+    base = base if base == "gpt2" else ROOT / base  # a name on the Hub, or a folder of this course
+    if base != "gpt2" and not (base / "config.json").exists():
+        raise FileNotFoundError(f"there is no model in {base}")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if model.config.model_type != "gpt2":
         raise ValueError("this lesson knows the tensors of GPT-2 only")
@@ -63,7 +58,6 @@ def load_model(folder):
 
 @torch.inference_mode()
 def answer(model, tokenizer, question, length):
-    """Return the likeliest answer, under the stop rules that Ollama will have."""
     ids = tokenizer(QUESTION.format(question), return_tensors="pt")
     end = model.config.eos_token_id
     made = model.generate(**ids, max_new_tokens=length, do_sample=False, pad_token_id=end)
@@ -72,23 +66,22 @@ def answer(model, tokenizer, question, length):
 
 
 # CONVERT: llama.cpp, Ollama's engine, has names of its own, and keeps matrices as nn.Linear does.
-def write_gguf(path, model, tokenizer, kind):
-    """Write all that a model is into one file; kind is that of the numbers in its matrices."""
+def write_gguf(path, model, tokenizer, quantize):
+    F32, kind = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType[quantize.upper()]
     config, writer = model.config, gguf.GGUFWriter(path, "gpt2")
+    ids = range(config.vocab_size)
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
     writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_file_type(0 if kind.name == "F32" else gguf.LlamaFileType.MOSTLY_Q8_0)
-    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
-    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_file_type(0 if kind == F32 else gguf.LlamaFileType.MOSTLY_Q8_0)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")  # how text is split before BPE; "default" does it otherwise
-    writer.add_token_list(tokens)
-    writer.add_token_types([control if token == END else normal for token in tokens])
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(ids))
+    writer.add_token_types([3 if i == config.eos_token_id else 1 for i in ids])  # 3: not a text
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
@@ -97,7 +90,7 @@ def write_gguf(path, model, tokenizer, kind):
     for name, tensor in model.state_dict().items():
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T.contiguous()  # a Conv1D, the other way round from nn.Linear
-        dtype = kind if tensor.dim() == 2 and "wpe" not in name else gguf.GGMLQuantizationType.F32
+        dtype = kind if tensor.dim() == 2 and "wpe" not in name else F32
         name = NAMES.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), dtype), raw_dtype=dtype)
     writer.write_header_to_file()
@@ -131,40 +124,40 @@ def server_url(address):
     form = r"(?:(https?)://)?(\[[\da-fA-F:]+\]|[\w.-]*)(?::(\d{1,5}))?/?"
     if not (match := re.fullmatch(form, address.strip("\"' "))):
         sys.exit(f"{address!r} is no server's address; one looks like http://127.0.0.1:11434")
-    scheme, host, port = match.groups()
-    port = port or {"http": 80, "https": 443}.get(scheme, 11434)
-    return f"{scheme or 'http'}://{host or '127.0.0.1'}:{port}"
+    port = match[3] or {"http": 80, "https": 443}.get(match[1], 11434)
+    return f"{match[1] or 'http'}://{match[2] or '127.0.0.1'}:{port}"
 
 
-def post(session, url, **content):
-    """Return the JSON objects of an answer; an error comes as a line, or as a status."""
-    response = session.post(url, timeout=TIMEOUT, allow_redirects=False, **content)
-    parts = [json.loads(line) for line in response.content.splitlines()]
+def post(url, **content):
+    """Return the JSON objects of an answer; an error may come after a good beginning."""
+    lines = requests.post(url, **DIRECT, **content).content.splitlines()
+    parts = [json.loads(line) for line in lines]
     if errors := [part["error"] for part in parts if "error" in part]:
         raise ValueError(errors[0])
-    response.raise_for_status()
     return parts
 
 
 def ask_ollama(url, name, path, questions, length):
     """Make a model of a file, uploaded under its sha256 if it is new; return (version, answers)."""
-    session = requests.Session()
-    session.trust_env = False  # a proxy has no business between this machine and itself
     try:
-        version = session.get(f"{url}/api/version", timeout=TIMEOUT).json()["version"]
+        version = requests.get(f"{url}/api/version", **DIRECT).json()["version"]
     except requests.ConnectionError:
+        typed = shlex.join(["ollama", "create", name, "-f", str(path.with_name("Modelfile"))])
+        print(
+            f"No server answers at {url}. Once one does (scripts/ollama.sh start), type:\n  {typed}"
+        )
+        print(" ", shlex.join(["ollama", "run", name, questions[0]]))
         return "none", []
-    data = path.read_bytes()
-    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    if session.head(f"{url}/api/blobs/{digest}", timeout=TIMEOUT).status_code != 200:
-        post(session, f"{url}/api/blobs/{digest}", data=data)
+    digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    if requests.head(f"{url}/api/blobs/{digest}", **DIRECT).status_code != 200:
+        post(f"{url}/api/blobs/{digest}", data=path.read_bytes())
     request = {"model": name, "files": {path.name: digest}, "template": TEMPLATE}
-    post(session, f"{url}/api/create", json=request | {"parameters": {"stop": STOP}})
+    post(f"{url}/api/create", json=request | {"parameters": {"stop": STOP}})
     request = {"model": name, "raw": True, "stream": False}  # raw: no template around the prompt
     request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": length}
-    prompts = [QUESTION.format(question) for question in questions]
-    asked = [post(session, f"{url}/api/generate", json=request | {"prompt": p}) for p in prompts]
-    return str(version), [parts[-1]["response"] + "" for parts in asked]
+    prompts = [request | {"prompt": QUESTION.format(question)} for question in questions]
+    parts = [post(f"{url}/api/generate", json=prompt)[-1] for prompt in prompts]
+    return str(version), [part["response"] + "" for part in parts]
 
 
 def main(quick=False, model=None, quantize="f32", url=""):
@@ -177,27 +170,23 @@ def main(quick=False, model=None, quantize="f32", url=""):
         questions = [row["question"] for row in rows if row["held_out"]]
         model, tokenizer = load_model(source)
     except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        make = f"uv run src/llm/07_finetune_lora.py{' --quick' * quick}"
-        sys.exit(f"Cannot load {source}: {reason}. Make it first: {make}")
-    print(f"{model.num_parameters():,} parameters, merged in float32")
-    kind = gguf.GGMLQuantizationType[quantize.upper()]
-    save(lambda file: write_gguf(file.name, model, tokenizer, kind), path)
+        reason, flag = str(error).split("\n")[0], " --quick" if quick else ""
+        sys.exit(
+            f"Cannot load {source}: {reason}. Make it: uv run src/llm/07_finetune_lora.py{flag}"
+        )
+    print(f"{model.num_parameters():,} parameters, merged in float32, to be saved as {quantize}")
+    save(lambda file: write_gguf(file.name, model, tokenizer, quantize), path)
     save(lambda file: file.write(MODELFILE.encode()), path.with_name("Modelfile"))
     try:
         version, answers = ask_ollama(url, name, path, questions, length)
     except (requests.RequestException, ValueError, LookupError, TypeError) as error:
         sys.exit(f"{url} does not do as Ollama does: {str(error)!r}. The files are written.")
-    expected = [answer(model, tokenizer, question, length) for question in questions]
     same = total = 0
-    for question, ours, theirs in zip(questions, expected, answers, strict=False):
+    for question, theirs in zip(questions, answers, strict=False):
+        ours = answer(model, tokenizer, question, length)
         print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
         ids = [[*tokenizer.encode(text), END] for text in (ours, theirs)]
         same, total = same + len(os.path.commonprefix(ids)), total + max(map(len, ids))
-    if not answers:
-        print(f"No server answers at {url}. When one does (scripts/ollama.sh start), type:")
-        print(f"  ollama create {name} -f {shlex.quote(str(path.with_name('Modelfile')))}")
-        print(f"  ollama run {name} {shlex.quote(questions[0])}")
     share = f"{same / total:.2%}" if total else "not measured"
     print(f"Result: server = {version}, bytes = {path.stat().st_size:,}, agreement = {share}")
 
