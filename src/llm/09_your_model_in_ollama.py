@@ -130,8 +130,8 @@ def server_url(address):
 
 def post(url, **content):
     """Return the JSON objects of an answer; an error may come after a good beginning."""
-    lines = requests.post(url, **DIRECT, **content).content.splitlines()
-    parts = [json.loads(line) for line in lines]
+    answer = requests.post(url, **DIRECT, **content)
+    parts = [json.loads(line) for line in answer.content.splitlines()]
     if errors := [part["error"] for part in parts if "error" in part]:
         raise ValueError(errors[0])
     return parts
@@ -140,12 +140,11 @@ def post(url, **content):
 def ask_ollama(url, name, path, questions, length):
     """Make a model of a file, uploaded under its sha256 if it is new; return (version, answers)."""
     try:
-        version = requests.get(f"{url}/api/version", **DIRECT).json()["version"]
+        version = requests.get(f"{url}/api/version", **DIRECT).json()["version"] + ""
     except requests.ConnectionError:
         typed = shlex.join(["ollama", "create", name, "-f", str(path.with_name("Modelfile"))])
-        print(
-            f"No server answers at {url}. Once one does (scripts/ollama.sh start), type:\n  {typed}"
-        )
+        print(f"No server answers at {url}. Start one (scripts/ollama.sh start), then type:")
+        print(" ", typed)
         print(" ", shlex.join(["ollama", "run", name, questions[0]]))
         return "none", []
     digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
@@ -157,7 +156,7 @@ def ask_ollama(url, name, path, questions, length):
     request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": length}
     prompts = [request | {"prompt": QUESTION.format(question)} for question in questions]
     parts = [post(f"{url}/api/generate", json=prompt)[-1] for prompt in prompts]
-    return str(version), [part["response"] + "" for part in parts]
+    return re.sub(r"[^\w.+-]", "?", version), [part["response"] + "" for part in parts]
 
 
 def main(quick=False, model=None, quantize="f32", url=""):
@@ -170,10 +169,8 @@ def main(quick=False, model=None, quantize="f32", url=""):
         questions = [row["question"] for row in rows if row["held_out"]]
         model, tokenizer = load_model(source)
     except Exception as error:
-        reason, flag = str(error).split("\n")[0], " --quick" if quick else ""
-        sys.exit(
-            f"Cannot load {source}: {reason}. Make it: uv run src/llm/07_finetune_lora.py{flag}"
-        )
+        make = f"uv run src/llm/07_finetune_lora.py{' --quick' * quick}"
+        sys.exit(f"Cannot load {source}: {str(error).splitlines()[:1]}. Make it first: {make}")
     print(f"{model.num_parameters():,} parameters, merged in float32, to be saved as {quantize}")
     save(lambda file: write_gguf(file.name, model, tokenizer, quantize), path)
     save(lambda file: file.write(MODELFILE.encode()), path.with_name("Modelfile"))
