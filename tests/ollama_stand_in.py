@@ -40,7 +40,8 @@ class Echo:
         return " ".join(text.split()[-length:])
 
     def answer(self, prompt, options):
-        yield from re.findall(r"\s*\S+", f"You said: {prompt}")[: options.get("num_predict", 10**6)]
+        length = options.get("num_predict", -1)
+        yield from re.findall(r"\s*\S+", f"You said: {prompt}")[: length if length >= 0 else None]
 
 
 class Gpt2:
@@ -362,7 +363,7 @@ class Handler(BaseHTTPRequestHandler):
             first, count = first or time.perf_counter_ns(), count + 1
             yield common | shape(piece, "") | {"done": False}
         end = time.perf_counter_ns()
-        reason = "length" if count >= options.get("num_predict", 10**9) else "stop"
+        reason = "length" if count == options.get("num_predict") else "stop"
         counters = {
             "total_duration": end - start + load,
             "load_duration": load,

@@ -25,7 +25,7 @@ import requests
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE, LENGTH, END = "my_gpt2.gguf", 40, "<|endoftext|>"
+FILE, LENGTH, END, DONE = "my_gpt2.gguf", 40, "<|endoftext|>", {"status": "success"}
 DIRECT = {"timeout": (5, 300), "allow_redirects": False, "proxies": {"http": "", "https": ""}}
 QUESTION = "Question: {}\nAnswer:"  # the form that llm/07_finetune_lora.py has tuned for
 TEMPLATE = QUESTION.format("{{ .Prompt }}") + "{{ .Response }}" + END  # for Ollama, in Go's terms
@@ -142,16 +142,16 @@ def ask_ollama(url, name, path, questions, length):
     try:
         version = requests.get(f"{url}/api/version", **DIRECT).json()["version"] + ""
     except requests.ConnectionError:
-        typed = shlex.join(["ollama", "create", name, "-f", str(path.with_name("Modelfile"))])
         print(f"No server answers at {url}. Start one (scripts/ollama.sh start), then type:")
-        print(" ", typed)
+        print(" ", shlex.join(["ollama", "create", name, "-f", str(path.with_name("Modelfile"))]))
         print(" ", shlex.join(["ollama", "run", name, questions[0]]))
         return "none", []
     digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     if requests.head(f"{url}/api/blobs/{digest}", **DIRECT).status_code != 200:
         post(f"{url}/api/blobs/{digest}", data=path.read_bytes())
     request = {"model": name, "files": {path.name: digest}, "template": TEMPLATE}
-    post(f"{url}/api/create", json=request | {"parameters": {"stop": STOP}})
+    if post(f"{url}/api/create", json=request | {"parameters": {"stop": STOP}})[-1] != DONE:
+        raise ValueError("the creation did not come to its end")
     request = {"model": name, "raw": True, "stream": False}  # raw: no template around the prompt
     request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": length}
     prompts = [request | {"prompt": QUESTION.format(question)} for question in questions]
@@ -169,8 +169,8 @@ def main(quick=False, model=None, quantize="f32", url=""):
         questions = [row["question"] for row in rows if row["held_out"]]
         model, tokenizer = load_model(source)
     except Exception as error:
-        make = f"uv run src/llm/07_finetune_lora.py{' --quick' * quick}"
-        sys.exit(f"Cannot load {source}: {str(error).splitlines()[:1]}. Make it first: {make}")
+        reason, flag = str(error).partition("\n")[0], " --quick" * quick
+        sys.exit(f"{source} fails: {reason}. Make it: uv run src/llm/07_finetune_lora.py{flag}")
     print(f"{model.num_parameters():,} parameters, merged in float32, to be saved as {quantize}")
     save(lambda file: write_gguf(file.name, model, tokenizer, quantize), path)
     save(lambda file: file.write(MODELFILE.encode()), path.with_name("Modelfile"))
