@@ -36,6 +36,8 @@ def course(tmp_path_factory):
 def copy_course(folder, with_data):
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data").mkdir()
+    if (ROOT / "data" / "qa.jsonl").exists():
+        shutil.copy(ROOT / "data" / "qa.jsonl", folder / "data")
     for name in ("MNIST", "FashionMNIST"):
         if with_data and (ROOT / "data" / name / "raw").exists():
             (folder / "data" / name).symlink_to(ROOT / "data" / name)

@@ -1140,5 +1140,5 @@ def test_the_script_reports(script):
     assert "0.33.0" in done.stdout
     assert "tinyllama:latest" in done.stdout
     assert script(["podman"], "dance")[0].returncode == 2
-    done, calls = script(["podman"], "stop")
+    done, _ = script(["podman"], "stop")
     assert (done.returncode, "no container" in done.stdout) == (0, True)
