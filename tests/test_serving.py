@@ -355,6 +355,11 @@ MIDWAY = {
     "not UTF-8": "cannot be read",
     "wrong types": "cannot be read",
 }
+LINES = {  # where lines are expected, in the place of one object
+    "not Ollama": "cannot be read",
+    "another API": "ended without its last line",
+    "a list": "cannot be read",
+}
 
 
 def sentence(stop):
@@ -384,7 +389,7 @@ def test_a_server_that_breaks_later_ends_with_a_sentence(server, serve, capsys, 
             serve.chat(client, messages, MODEL, -1)
         else:
             serve.generate(client, messages[0]["content"], MODEL, -1)
-    assert (FAULTS | MIDWAY)[fault] in sentence(stop)
+    assert (FAULTS | MIDWAY | LINES)[fault] in sentence(stop)
     if fault in MIDWAY:
         assert "You said: one" in capsys.readouterr().out, "what had arrived is kept"
 
@@ -485,7 +490,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(anything.map(lambda value: json.dumps(value).encode()) | st.binary(), max_size=4))
 def test_no_bytes_that_a_server_sends_cause_a_traceback(lines):
     serve = load_fuzzed()
@@ -533,7 +538,10 @@ def test_a_hundred_chats_at_once_lose_and_mix_up_nothing(server, serve, monkeypa
 
 
 def test_the_client_adds_at_most_two_milliseconds_to_a_token(server, serve, monkeypatch):
-    seen = []
+    def answer(prompt, options):
+        for number in range(150):
+            time.sleep(0.002)  # so that no token waits for the one before it
+            yield f" token{number}"
 
     class Screen(io.StringIO):
         def write(self, text):
@@ -541,19 +549,17 @@ def test_the_client_adds_at_most_two_milliseconds_to_a_token(server, serve, monk
                 seen.append(time.perf_counter())
             return len(text)
 
-    def answer(prompt, options):
-        for number in range(300):
-            time.sleep(0.003)  # a quick model; so that no token waits for the one before
-            yield f" token{number}"
-
     monkeypatch.setattr(server.models[f"{MODEL}:latest"].model, "answer", answer)
-    client = serve.Ollama(server.url)
-    with contextlib.redirect_stdout(Screen()):
+    client, medians = serve.Ollama(server.url), []
+    while len(medians) < 5 and min(medians, default=1) > 0.002:  # a busy machine only ever adds
+        seen = []
         server.sent.clear()
-        serve.generate(client, "x", MODEL, -1)
-    overheads = [after - before for before, after in zip(server.sent, seen, strict=False)]
-    assert len(overheads) == 300
-    assert statistics.median(overheads) <= 0.002
+        with contextlib.redirect_stdout(Screen()):
+            serve.generate(client, "x", MODEL, -1)
+        sent = server.sent[: len(seen)]
+        assert len(seen) == 150
+        medians.append(statistics.median(b - a for a, b in zip(sent, seen, strict=True)))
+    assert min(medians) <= 0.002
 
 
 # ONE FILE: a small GPT-2 with its own tokenizer, and an adapter, as lessons 05 and 07 leave them.
@@ -928,11 +934,13 @@ NASTY = "$(touch pwned); `touch pwned` | touch pwned & \" ' --"
 @pytest.mark.parametrize("name", BOTH)
 def test_the_lessons_cannot_start_programs(name):
     tree = ast.parse((ROOT / "src" / f"{name}.py").read_text(encoding="utf-8"))
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    names |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    nodes = list(ast.walk(tree))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert "requests" in names
-    assert not names & {"subprocess", "system", "popen", "Popen", "eval", "exec", "pickle"}
+    assert not names & {"subprocess", "pty", "eval", "exec", "pickle", "__import__"}
+    assert not parts & {"system", "popen", "Popen", "spawnv", "execv", "fork"}
 
 
 def test_a_prompt_arrives_as_it_is_and_never_in_a_shell(server, serve, monkeypatch, tmp_path):
