@@ -723,7 +723,8 @@ const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const model = await llama.loadModel({modelPath: file});
 const {lines, prompt, length} = JSON.parse(fs.readFileSync(input, "utf8"));
 const ids = lines.map((line) => model.tokenize(line));
-const sequence = (await model.createContext({contextSize: 256})).getSequence();
+const cache = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};  // else F16
+const sequence = (await model.createContext({contextSize: 256, ...cache})).getSequence();
 const made = [], chances = [];
 for (let tokens = model.tokenize(prompt); made.length < length; tokens = [made.at(-1)]) {
     const last = [tokens.at(-1), {generateNext: {token: true, probabilities: true,
