@@ -142,7 +142,7 @@ def save_adapter(model, folder):
     print(f"Saved {folder.relative_to(ROOT).as_posix()}/, {size / 1000:,.0f} kB")
 
 
-def compare(models, tuned, batch):
+def compare_logits(models, tuned, batch):
     """Return the largest differences of the logits: base and tuned, tuned and read again, merged."""
     from peft import PeftModel
 
@@ -178,7 +178,7 @@ def main(quick=False, questions=ROOT / "data" / "qa.jsonl"):
     now, after = evaluate(model, items, collate), evaluate(model, kept, collate)
     print(f"Loss: {now:.2f} on what it learned, {after:.2f} on the rest, where it was {before:.2f}")
     save_adapter(model, models / "gpt2_lora")
-    tuning, reading, merging = compare(models, model, collate(kept).to(DEVICE))
+    tuning, reading, merging = compare_logits(models, model, collate(kept).to(DEVICE))
     print(f"Largest change of a logit: {tuning:.2f} by tuning, {reading:.6f} by reading it again")
     with torch.device("meta"):  # shapes without numbers: GPT-2 itself need not be here
         gpt2 = add_lora(GPT2LMHeadModel(GPT2Config()), "gpt2")
