@@ -722,7 +722,7 @@ const {getLlama} = await import(pathToFileURL(folder + "/dist/index.js"));
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const model = await llama.loadModel({modelPath: file});
 const {lines, prompt, length} = JSON.parse(fs.readFileSync(input, "utf8"));
-const ids = lines.map((line) => model.tokenize(line));
+const ids = lines.map((line) => model.tokenize(line, true));  // true: with <|endoftext|>
 const cache = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};  // else F16
 const sequence = (await model.createContext({contextSize: 256, ...cache})).getSequence();
 const made = [], chances = [];
