@@ -210,10 +210,10 @@ lesson.main()
 
 
 def has_seed(lesson):
-    return (
-        re.search(r"^[A-Z_, ]*\bSEED = ", lesson.read_text(encoding="utf-8"), re.MULTILINE)
-        is not None
-    )
+    """Say whether a lesson depends on one seed; one that has TRIALS repeats itself with several."""
+    text = lesson.read_text(encoding="utf-8")
+    found = re.search(r"^[A-Z_, ]*\bSEED = ", text, re.MULTILINE)
+    return found is not None and not re.search(r"^[A-Z_, ]*\bTRIALS\b", text, re.MULTILINE)
 
 
 def try_seeds(lessons):
