@@ -22,8 +22,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-INK, SIDE, CONTRAST = 0.5, 20, 0.05  # darker is ink; the ink's side in pixels; less is blank
-IMAGES = 5000  # so many of the test images are read twice: as they are, and as scans
+INK, SIDE, CONTRAST, IMAGES = 0.5, 20, 0.05, 5000  # the first three: see fit(); IMAGES are tried
 
 
 # DATA: the test images that intermediate/02_cnn.py used, or small ones of another size.
@@ -178,8 +177,8 @@ def main(quick=False, image=None):
     pipeline = MNISTInferencePipeline(models / "mnist_cnn.pth")
     if image:
         sys.exit(min(show(image, pipeline.predict_batch(image)), 1))
-    images, labels, source = read_test_digits()
-    images, labels = images[: 500 if quick else IMAGES], labels[: 500 if quick else IMAGES]
+    *data, source = read_test_digits()
+    images, labels = (part[: 500 if quick else IMAGES] for part in data)
     mixed = [images[0], "missing.png", scan(images[1]), images[2] * np.nan]
     refused = show(["as it is", "no file", "scan", "NaN"], pipeline.predict_batch(mixed))
     words = []
