@@ -71,8 +71,8 @@ class MultiHeadAttention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(self, x):
-        qkv = self.c_attn(x).unflatten(-1, (3, self.heads, -1))  # [N, T, 3, heads, width / heads]
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, T, width / heads]
+        parts = self.c_attn(x).chunk(3, dim=-1)  # each [N, T, width]; below, [N, heads, T, ...]
+        queries, keys, values = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
         mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return self.c_proj(mixed.transpose(1, 2).flatten(2))
 
