@@ -286,7 +286,7 @@ def test_a_cut_prompt_is_noticed(server, serve, capsys):
 
 def test_a_conversation_that_shrinks_was_cut(serve, capsys):
     parts = [("", "yes", [40, 1, 1])]
-    assert serve.show(parts, "few words", known=50) == ("yes", 40)
+    assert serve.show_answer(parts, "few words", known=50) == ("yes", 40)
     assert "of 50 tokens or more it has read 40" in capsys.readouterr().out
 
 

@@ -108,7 +108,7 @@ class Ollama:
 
 
 # ASK: the notes' three calls; tokens are shown while they arrive.
-def show(parts, sent, known=0):
+def show_answer(parts, sent, known=0):
     """Print an answer; return its text and how many tokens the server has read for it."""
     whole, label = "", None
     for thought, text, counters in parts:
@@ -129,14 +129,14 @@ def show(parts, sent, known=0):
 
 def generate(server, prompt, model, length):
     request = {"model": model, "prompt": prompt, "options": {"num_predict": length}}
-    return show(server.stream("/api/generate", request), prompt)
+    return show_answer(server.stream("/api/generate", request), prompt)
 
 
 def chat(server, messages, model, length, known=0):
     """Answer the last of the messages in the light of the others."""
     request = {"model": model, "messages": messages, "options": {"num_predict": length}}
     sent = " ".join(message["content"] for message in messages)
-    return show(server.stream("/api/chat", request), sent, known)
+    return show_answer(server.stream("/api/chat", request), sent, known)
 
 
 def converse(server, questions, model, length):
