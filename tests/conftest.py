@@ -29,15 +29,6 @@ def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 
 
-def chain_of(lesson):
-    """Return the first lesson of the chain whose files a lesson needs; one worker runs a chain."""
-    for file in run_course.files_in(run_course.read_card(lesson)["Needs"]):
-        for maker in LESSONS:
-            if file in run_course.files_in(run_course.read_card(maker)["Makes"]):
-                return chain_of(maker)
-    return run_course.name_of(lesson)
-
-
 @pytest.fixture(scope="session")
 def course(tmp_path_factory):
     """A copy of the lessons, under a path with blanks and umlauts, with the real data if it is here."""

@@ -19,7 +19,7 @@ from itertools import groupby
 import pytest
 import run_course
 import torch
-from conftest import LESSONS, REAL_DATA, ROOT, chain_of, copy_course, load_lesson, run
+from conftest import LESSONS, REAL_DATA, ROOT, copy_course, load_lesson, run
 
 NAMES = [run_course.name_of(lesson) for lesson in LESSONS]
 DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like machine compare
@@ -66,13 +66,7 @@ def masked(output):
 
 
 # SMOKE: in the order of the course, each on what the ones before it have saved.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(run_course.name_of(lesson), marks=pytest.mark.xdist_group(chain_of(lesson)))
-        for lesson in LESSONS
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_quick_run_prints_the_recorded_words(course, name):
     lesson = ROOT / "src" / f"{name}.py"
     with run_course.served(lesson, course / "models" / "quick" / "gpt2_mini") as environment:

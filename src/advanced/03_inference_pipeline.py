@@ -160,7 +160,7 @@ class MNISTInferencePipeline:
 
 # TRY: a digit as a scanner sees it: five times as large, dark on light, on an oblong page.
 def scan(image):
-    page = 230 - 200 * np.kron(np.reshape(image, np.shape(image)[-2:]), np.ones((5, 5)))
+    page = 230 - 200 * np.kron(np.asarray(image).squeeze(), np.ones((5, 5)))
     return Image.fromarray(np.pad(page, ((30, 60), (90, 20)), constant_values=230).astype(np.uint8))
 
 
