@@ -101,7 +101,7 @@ def test_small_digits_stand_in_without_a_download(tmp_path, capsys, name):
 def test_training_on_features_is_training_the_frozen_network():
     lesson = advanced(ONCE)
     images, labels = (part.to(lesson.DEVICE) for part in small_training_set(200))
-    frozen = lesson.make_model(freeze=True)
+    frozen = lesson.make_network(freeze=True)
     other = lesson.train_on_features(copy.deepcopy(frozen), images, labels, 3)
     before = frozen.fc2.weight.detach().clone()
     lesson.train(frozen, images, labels, 3)
@@ -112,7 +112,7 @@ def test_training_on_features_is_training_the_frozen_network():
 def test_all_layers_learn_where_nothing_is_frozen():
     lesson = advanced(ONCE)
     images, labels = (part.to(lesson.DEVICE) for part in small_training_set())
-    model = lesson.make_model(freeze=False)
+    model = lesson.make_network(freeze=False)
     before = copy.deepcopy(model.state_dict())
     lesson.train(model, images, labels, 1)
     assert not any(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

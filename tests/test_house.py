@@ -18,12 +18,7 @@ OWN_WAY = {
     "predict",
     "measure",
     "generate",
-    "show",
-    "answer",
-    "encode",
-    "count",
-    "make_model",
-}  # verbs that every lesson fills in its own way
+}  # each lesson writes its own
 
 
 def trees():
@@ -111,7 +106,7 @@ def test_a_lesson_stands_alone_and_is_portable():
         text = lesson.read_text(encoding="utf-8")
         assert not re.search(r"\.cuda\(\)|device\(['\"]cuda|weights_only=False", text), lesson
         lines = len(text.splitlines())
-        if lesson.stem in LONGER:
+        if lesson.stem in LONGER and lesson.stem != "05_pretrain_gpt2":
             lines -= shared_lines(lesson, all_trees)
         longest = LONGER.get(lesson.stem, 200)
         assert lines <= longest, f"{lesson} is too long to read in ten minutes"

@@ -40,7 +40,7 @@ class CNN(nn.Module):
         return self.fc2(x)  # [N, 10], one logit per digit
 
 
-def make_model(freeze):
+def make_network(freeze):
     model = CNN(CLASSES)
     model.requires_grad_(not freeze)
     model.fc2.requires_grad_(True)
@@ -71,7 +71,7 @@ def train_on_features(model, images, labels, epochs):
 # CHECK: the same steps either way, so the same network.
 def compare_answers(images, labels):
     """Return the share of images that both ways of training give the same class."""
-    frozen = make_model(freeze=True)
+    frozen = make_network(freeze=True)
     other = train_on_features(copy.deepcopy(frozen), images, labels, max(EPOCHS))
     answers = [
         model(images).argmax(dim=1) for model in (train(frozen, images, labels, max(EPOCHS)), other)
@@ -148,7 +148,7 @@ def main(quick=False):
     labels = torch.randint(CLASSES, (IMAGES,), device=DEVICE)
     same = compare_answers(images, labels)
     print(f"Trained either way, the two networks give {same:.1%} of the images the same class")
-    free, frozen = make_model(freeze=False), make_model(freeze=True)
+    free, frozen = make_network(freeze=False), make_network(freeze=True)
     effort = (0.02, 3) if quick else (2.0, 21)  # seconds for each way, rounds
     gains = [show_speed(free, frozen, images, labels, epochs, *effort) for epochs in EPOCHS]
     print(f"Result: same_answers = {same:.1%}, gain_over_frozen = {gains[-1]:.2f}")

@@ -15,7 +15,7 @@ import torch
 
 
 # LOOK: four tensors, one dimension more each time.
-def show(name, tensor):
+def show_tensor(name, tensor):
     print(f"{name}: {tensor}")
     print(f"  shape = {tuple(tensor.shape)}, ndim = {tensor.ndim}, numel = {tensor.numel()}\n")
 
@@ -45,7 +45,7 @@ def main():
         "3-D tensor": torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]),
     }
     for name, tensor in tensors.items():
-        show(name, tensor)
+        show_tensor(name, tensor)
     reshape()
     flat = flatten_images()
     dimensions = " ".join(str(tensor.ndim) for tensor in tensors.values())

@@ -33,14 +33,14 @@ CHARACTERS = sorted(set(TEXT))
 
 
 # DATA: one number for each character, and every window of CONTEXT characters with the one after it.
-def encode(text):
+def to_ids(text):
     """Return the ids [len(text)] of a text; exit with a sentence for characters that TEXT lacks."""
     if not text or set(text) - set(CHARACTERS):
         sys.exit(f"MiniGPT reads texts of the characters {''.join(CHARACTERS)!r}, not {text!r}")
     return torch.tensor([CHARACTERS.index(character) for character in text], device=DEVICE)
 
 
-def decode(ids):
+def to_text(ids):
     return "".join(CHARACTERS[number] for number in ids)
 
 
@@ -123,12 +123,12 @@ def train(model, windows, steps):
 @torch.inference_mode()
 def generate(model, prompt, length, temperature):
     """Return prompt and length more characters, sampled one after the other."""
-    ids = encode(prompt)[None]  # [1, T]
+    ids = to_ids(prompt)[None]  # [1, T]
     for _ in range(length):
         logits = model(ids[:, -CONTEXT:])[:, -1]  # [1, vocab_size]
         probabilities = F.softmax(logits / temperature, dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
-    return decode(ids[0].tolist())
+    return to_text(ids[0].tolist())
 
 
 def share_of_known_words(text):
@@ -138,7 +138,7 @@ def share_of_known_words(text):
 
 # PICTURE: which characters the last block looks at while it reads a line; each row is one character.
 def draw(model, line, cell=24):
-    ids = encode(line)[None]
+    ids = to_ids(line)[None]
     x = model.token_embedding(ids) + model.pos_embedding.weight[: ids.shape[1]]
     weights = model.blocks[1].attention(model.blocks[0](x))[1][0]  # [T, T]
     picture = Image.new("L", (cell * (len(line) + 1),) * 2, "white")
@@ -173,8 +173,8 @@ def save(write, path):
 
 def main(quick=False, prompt="the cat"):
     torch.manual_seed(SEED)
-    encode(prompt)  # before the training, so that a prompt it cannot read costs no time
-    windows = encode(TEXT).unfold(0, CONTEXT + 1, 1)  # [windows, CONTEXT + 1]
+    to_ids(prompt)  # before the training, so that a prompt it cannot read costs no time
+    windows = to_ids(TEXT).unfold(0, CONTEXT + 1, 1)  # [windows, CONTEXT + 1]
     model = MiniGPT(len(CHARACTERS)).to(DEVICE)
     print(f"{len(TEXT)} characters, {len(CHARACTERS)} different, {len(windows)} windows")
     train(model, windows, steps=100 if quick else STEPS)

@@ -108,7 +108,7 @@ def evaluate(model, items, collate):
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, question):
+def ask(model, tokenizer, question):
     batch = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt").to(DEVICE)
     how = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     ids = model.generate(**batch, **how)[0, batch["input_ids"].shape[1] :]
@@ -165,7 +165,7 @@ def main(quick=False, questions=ROOT / "data" / "qa.jsonl"):
     show_the_notes_loss(base, tokenizer, learned)
     shown = [question for question, _ in learned[:2] + held_out[:1]]
     for question in shown:
-        print(f"Before: {question} {answer(base, tokenizer, question)}")
+        print(f"Before: {question} {ask(base, tokenizer, question)}")
     items, kept = ([encode(tokenizer, *item) for item in part] for part in (learned, held_out))
     before = evaluate(base, kept, collate)
     torch.manual_seed(SEED)
@@ -174,7 +174,7 @@ def main(quick=False, questions=ROOT / "data" / "qa.jsonl"):
     print(f"{name} with LoRA: {trainable:,} of {everything:,} parameters are trained")
     model = train(model, items, collate, epochs=2 if quick else EPOCHS)
     for question in shown:
-        print(f"After: {question} {answer(model, tokenizer, question)}")
+        print(f"After: {question} {ask(model, tokenizer, question)}")
     now, after = evaluate(model, items, collate), evaluate(model, kept, collate)
     print(f"Loss: {now:.2f} on what it learned, {after:.2f} on the rest, where it was {before:.2f}")
     save_adapter(model, models / "gpt2_lora")

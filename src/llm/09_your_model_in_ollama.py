@@ -57,7 +57,7 @@ def load_model(folder):
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, question, length):
+def ask_torch(model, tokenizer, question, length):
     ids = tokenizer(QUESTION.format(question), return_tensors="pt")
     end = model.config.eos_token_id
     made = model.generate(**ids, max_new_tokens=length, do_sample=False, pad_token_id=end)
@@ -180,7 +180,7 @@ def main(quick=False, model=None, quantize="f32", url=""):
         sys.exit(f"{url} does not do as Ollama does: {str(error)!r}. The files are written.")
     same = total = 0
     for question, theirs in zip(questions, answers, strict=False):
-        ours = answer(model, tokenizer, question, length)
+        ours = ask_torch(model, tokenizer, question, length)
         print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
         ids = [[*tokenizer.encode(text), END] for text in (ours, theirs)]
         same, total = same + len(os.path.commonprefix(ids)), total + max(map(len, ids))

@@ -125,7 +125,7 @@ def compare_with_peft(base, ids, rank=8):
     return differences
 
 
-def count(model):
+def count_trainable(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -165,12 +165,12 @@ def main(quick=False):
         model = add_detours(base, rank) if rank else base.requires_grad_(False)
         if rank:
             train(model, items, collate, epochs=1 if quick else EPOCHS)
-        size, real = count(model), count(add_detours(gpt2, rank)) if rank else 0
+        size, real = count_trainable(model), count_trainable(add_detours(gpt2, rank)) if rank else 0
         losses = f"{evaluate(model, items, collate):18.2f} | {evaluate(model, kept, collate):11.2f}"
         print(f"{rank:4d} | {size:12,} | {size * 4 / 1000:6.0f} | {real:14,} | {losses}")
     print(
         f"Result: peft_difference = {by_peft:.7f}, merged_difference = {by_merging:.7f}, "
-        f"gpt2_rank_64 = {count(add_detours(gpt2, 64)):,}"
+        f"gpt2_rank_64 = {count_trainable(add_detours(gpt2, 64)):,}"
     )
 
 
