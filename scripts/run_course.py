@@ -1,22 +1,27 @@
-"""Run the course, record what it prints, and check that every document tells the truth.
+"""Walk through the course, and check that every document tells the truth.
 
-    uv run scripts/run_course.py list               every lesson, and whether its files are there
-    uv run scripts/run_course.py record [LESSON...]  full runs; their outputs go to tests/outputs/
-    uv run scripts/run_course.py seeds [LESSON...]  five seeds each; results go to data/results/
-    uv run scripts/run_course.py render             write outputs and tables into the documents
-    uv run scripts/run_course.py check              say what is not true; exit 1 if anything is not
+    uv run scripts/run_course.py list                which lessons are done, missing or stale
+    uv run scripts/run_course.py run                 all lessons that are not done yet, in order
+    uv run scripts/run_course.py try 06_training     change a copy of a lesson, and see what differs
+    uv run scripts/run_course.py check               say what is not true; exit 1 if anything is not
 
-A LESSON is a part of its path, such as 02_cnn; without one, all lessons are meant, in their order.
+For those who write the course; each takes --only, as run does:
+
+    uv run scripts/run_course.py record              full runs; keeps what they print and measure
+    uv run scripts/run_course.py seeds               five seeds of each lesson that has one
+    uv run scripts/run_course.py predict             tries the predictions of the README
+    uv run scripts/run_course.py readme              writes the records into the documents
 """
 
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import platform
-import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,143 +30,45 @@ import time
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-LEVELS = ["basics", "intermediate", "advanced", "llm"]
-DOCUMENTS = ["README.md", "CHEATSHEET.md", "models/README.md"]
-CLAIMS = [  # what the notes report: in words, in their number, and where this course measures it
-    ("y = 2x + 1 at x = 10", "21.00", "basics/06_training", "at_10"),
-    ("two clusters, training points", "100 %", "basics/08_classifier", "train_accuracy"),
-    ("MNIST, flat network", "97.59 %", "basics/09_mnist", "test_accuracy"),
-    ("its parameters", "109,386", "basics/09_mnist", "parameters"),
-    ("MNIST, CNN", "98.79 %", "intermediate/02_cnn", "test_accuracy"),
-    ("its parameters", "52,138", "intermediate/02_cnn", "parameters"),
-    ("20 coin tosses, test", "58 %", "intermediate/03_overfitting_dropout", "noise_test"),
-    ("200 samples of a rule, test", "97.80 %", "intermediate/03_overfitting_dropout", "rule_test"),
-    ("retrained for digits 0 to 4", "99.77 %", "advanced/01_transfer_learning", "test_accuracy"),
-    ("parameters retrained", "650", "advanced/01_transfer_learning", "trainable"),
-    ("int8 file smaller by", "71 %", "advanced/02_model_optimization", "int8_smaller"),
-    ("parameters of a block of width 8", "776", "llm/03_transformer_block", "block"),
-    ("parameters of GPT-2 small", "117 M", "llm/03_transformer_block", "gpt2_small"),
-    ("parameters of MiniGPT", "25,103", "llm/04_mini_gpt", "parameters"),
-    ("its loss", "0.16 to 0.28", "llm/04_mini_gpt", "loss"),
-    ("trained by LoRA in GPT-2, rank 8", "294,912", "llm/07_finetune_lora", "gpt2_trainable"),
-    ("the same at rank 64", "2.4 M", "llm/11_lora_by_hand", "gpt2_rank_64"),
-]
-MARKER = re.compile(r"(<!-- (output|table) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from records import (
+    DOCUMENTS,
+    PICTURE,
+    PREDICTIONS,
+    ROOT,
+    broken_promises,
+    capture_path,
+    describe_machine,
+    draw_course,
+    files_in,
+    find_lessons,
+    find_record,
+    find_untruths,
+    first_line,
+    has_seed,
+    hash_code,
+    hash_records,
+    hash_work,
+    makers_and_users,
+    name_of,
+    read_capture,
+    read_card,
+    read_record,
+    read_records,
+    read_result,
+    render,
+    write_record,
+)
+from tqdm import tqdm
 
 
-def find_lessons(root=ROOT):
-    """Return every lesson's path, in the order of the course."""
-    return [
-        path for level in LEVELS for path in sorted((root / "src" / level).glob("[0-9][0-9]_*"))
-    ]
-
-
-def name_of(lesson):
-    return f"{lesson.parent.name}/{lesson.stem}"
-
-
-def read_card(lesson):
-    """Return the card in a lesson's docstring: Title, Run, Needs, Makes and Expect."""
-    text = ast.get_docstring(ast.parse(lesson.read_text(encoding="utf-8")))
-    card = dict(re.findall(r"^(Run|Needs|Makes|Expect): +(.+)$", text, re.MULTILINE))
-    return {"Title": text.splitlines()[0], **card}
-
-
-def files_in(field):
-    """Return the files that a card's Needs or Makes names."""
-    return re.findall(r"models/[\w./]+", field)
-
-
-def parse_number(text):
-    """Read 98.5 %, 52,138 or 0.05 as a number; return any other text as it is."""
-    plain = text.strip().replace(",", "").removesuffix("%").strip()
-    return float(plain) if re.fullmatch(r"[-+]?\d+(\.\d+)?", plain) else text.strip()
-
-
-def read_result(output):
-    """Return the names and values of an output's last line, 'Result: name = value, ...'."""
-    lines = output.strip().splitlines()
-    if not lines or not lines[-1].startswith("Result: "):
-        return {}
-    return {
-        name: parse_number(value)
-        for name, value in (part.split(" = ") for part in lines[-1][8:].split(", "))
-    }
-
-
-def broken_promises(card, output):
-    """Return the predicates of a card's Expect that an output's Result line does not fulfil."""
-    result, broken = read_result(output), []
-    for promise in card["Expect"].split(", "):
-        name, sign, wanted = promise.split(" ", 2)
-        value, wanted = result.get(name), parse_number(wanted)
-        comparable = isinstance(value, float) == isinstance(wanted, float) and value is not None
-        if (
-            not comparable
-            or not {"=": value == wanted, ">=": value >= wanted, "<=": value <= wanted}[sign]
-        ):
-            broken.append(f"promised {promise}, got {value}")
-    return broken
-
-
-def describe_gpu():
-    import torch
-
-    if torch.backends.mps.is_available():
-        return "Apple GPU"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-
-
-def hash_code(lesson):
-    """Return eight digits that change with any change of a lesson."""
-    return hashlib.sha256(lesson.read_bytes()).hexdigest()[:8]
-
-
-def describe_machine():
-    """Return one line on when, where and with what a run was made."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        cpu = re.search(
-            r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text() + "model name: " + cpu
-        )[1]
-    return (
-        f"{date.today()}, {cpu}, {os.cpu_count()} cores, {describe_gpu()}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
-    )
-
-
-def capture_path(lesson, root=ROOT):
-    return root / "tests" / "outputs" / lesson.parent.name / f"{lesson.stem}.txt"
-
-
-def read_capture(lesson, root=ROOT):
-    """Return a recorded run as (machine, output)."""
-    machine, output = capture_path(lesson, root).read_text(encoding="utf-8").split("\n", 1)
-    return machine, output
-
-
-def machine_of(stamp):
-    """Return the part of a record's first line that names the day, the machine and the versions."""
-    return re.match(r".*Python [\d.]+", stamp)[0]
-
-
-def read_seconds(stamp):
-    return int(re.search(r", (\d+) s, code", stamp)[1])
-
-
+# LESSONS: run one as a learner does, and watch it.
 @contextlib.contextmanager
 def served(lesson, model=ROOT / "models" / "gpt2_mini"):
     """Give a lesson that talks to Ollama the one that is here, or else the tests' stand-in.
 
     The stand-in answers from a model of this course; its version, which the lesson prints, says so.
     """
-    talks = "running Ollama" in read_card(lesson)["Needs"]
-    with socket.socket() as door:
-        here = "OLLAMA_HOST" in os.environ or door.connect_ex(("127.0.0.1", 11434)) == 0
-    if not talks or here:
+    if not needs_stand_in(lesson):
         yield dict(os.environ)
         return
     command = [sys.executable, ROOT / "tests" / "ollama_stand_in.py", "--model", model]
@@ -172,31 +79,237 @@ def served(lesson, model=ROOT / "models" / "gpt2_mini"):
             server.terminate()
 
 
-def run_lesson(lesson, *flags):
-    """Run a lesson and return its output; exit with its error when it fails."""
-    command = [sys.executable, lesson, *flags]
-    with served(lesson) as environment:
-        run = subprocess.run(
-            command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment
-        )
-    if run.returncode:
-        sys.exit(f"{name_of(lesson)} failed with exit code {run.returncode}:\n{run.stderr}")
-    return run.stdout
+def needs_stand_in(lesson):
+    with socket.socket() as door:
+        here = "OLLAMA_HOST" in os.environ or door.connect_ex(("127.0.0.1", 11434)) == 0
+    return "running Ollama" in read_card(lesson)["Needs"] and not here
 
 
+def run_lesson(lesson, *flags, quick=False, script=None, watch=lambda seconds: None):
+    """Run a lesson, or its changed copy `script`; return a dictionary of what came of it:
+
+    code, output, errors, seconds, and the peak_memory of its largest process in MB.
+    """
+    command = [sys.executable, script or lesson, *(["--quick"] if quick else []), *flags]
+    model = ROOT / "models" / ("quick" if quick else "") / "gpt2_mini"
+    with (
+        served(lesson, model) as environment,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+    ):
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, stderr=errors, cwd=ROOT, env=environment)
+        try:
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                watch(time.perf_counter() - start)
+                time.sleep(0.05)
+        except KeyboardInterrupt:  # the lesson got it too: let it clean up
+            process.wait(timeout=60)
+            raise
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, and kilobytes elsewhere
+        texts = [(file.seek(0), file.read())[1] for file in (output, errors)]
+    return {
+        "code": process.returncode,
+        "output": texts[0],
+        "errors": texts[1],
+        "seconds": seconds,
+        "peak_memory": ended[2].ru_maxrss / unit,
+    }
+
+
+def run_or_exit(lesson, **options):
+    run = run_lesson(lesson, **options)
+    if run["code"]:
+        sys.exit(f"{name_of(lesson)} failed with exit code {run['code']}:\n{run['errors']}")
+    return run
+
+
+# STATE: models/runs.json notes of which code and which inputs a lesson's files were made.
+def notes_path(quick):
+    return ROOT / "models" / ("quick" if quick else "") / "runs.json"
+
+
+def read_notes(quick):
+    try:
+        return json.loads(notes_path(quick).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged: then nothing is known
+        return {}
+
+
+def write_note(lesson, quick, note):
+    notes = read_notes(quick) | {name_of(lesson): note}
+    path = notes_path(quick)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def place(file, quick):
+    return ROOT / (file.replace("models/", "models/quick/", 1) if quick else file)
+
+
+def inputs_of(lesson):
+    """Return the files that a lesson reads; the stand-in for Ollama needs a model to answer from."""
+    needs = files_in(read_card(lesson)["Needs"])
+    return needs + ["models/gpt2_mini/"] * (not needs and needs_stand_in(lesson))
+
+
+def hash_files(path):
+    """Return eight digits that change with a file, or with any file of a folder; None without."""
+    if not path.exists():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+
+
+def state_of(lesson, quick=False):
+    """Return done, missing or stale, and why; a lesson run by hand is judged by its files' dates."""
+    makes = [place(file, quick) for file in files_in(read_card(lesson)["Makes"])]
+    missing = [path for path in makes if not path.exists()]
+    if missing:
+        return "missing", ", ".join(path.relative_to(ROOT).as_posix() for path in missing)
+    note = read_notes(quick).get(name_of(lesson))
+    made = min((path.stat().st_mtime for path in makes), default=0)
+    if not note or made > note["time"] + 1:  # made by hand since
+        if not makes:
+            return "missing", "not run yet"
+        inputs = [place(file, quick) for file in inputs_of(lesson)]
+        newer = [
+            path for path in [lesson, *inputs] if path.exists() and path.stat().st_mtime > made
+        ]
+        if newer:
+            return "stale", f"{newer[0].relative_to(ROOT).as_posix()} is newer"
+        return "done", ""
+    if note["code"] != hash_code(lesson):
+        return "stale", "its code has changed"
+    for file, digits in note["inputs"].items():
+        if hash_files(place(file, quick)) != digits:
+            return "stale", f"{file} has changed"
+    return "done", ""
+
+
+def show_list(lessons, quick):
+    for lesson in lessons:
+        state, why = state_of(lesson, quick)
+        print(f"{state:8} {read_card(lesson)['Run']:52} {why}".rstrip())
+
+
+def make_note(lesson, output, quick):
+    """Return what models/runs.json keeps of a run: a quick one is not held to the promise."""
+    expect = read_card(lesson)["Expect"]
+    return {
+        "time": time.time(),
+        "code": hash_code(lesson),
+        "inputs": {file: hash_files(place(file, quick)) for file in inputs_of(lesson)},
+        "result": (output.rstrip().splitlines() or [""])[-1],
+        "broken": [] if quick else broken_promises(expect, output),
+    }
+
+
+# RUN
+def move(bar, begin, end, seconds):
+    """Let a bar stand at begin + seconds, at most at end."""
+    bar.update(min(begin + seconds, end) - bar.n)
+
+
+def with_makers(lessons, quick):
+    """Return the lessons that are not done, and before them those that make what they miss."""
+    makers = {file: maker for file, (maker, _) in makers_and_users().items()}
+    wanted, order = [], find_lessons()
+
+    def want(lesson):
+        if lesson not in wanted:
+            wanted.append(lesson)
+            for file in inputs_of(lesson):
+                if state_of(makers[file], quick)[0] != "done":
+                    want(makers[file])
+
+    for lesson in lessons:
+        if state_of(lesson, quick)[0] != "done":
+            want(lesson)
+    return sorted(wanted, key=order.index)
+
+
+def expected_seconds(lesson, quick):
+    _, entry = find_record("lessons", name_of(lesson), read_records())
+    return 1 if quick or not entry else max(1, entry["seconds"])
+
+
+def run_course(lessons, quick=False, keep_going=False, verbose=False):
+    """Run what is not done; return a sentence for every lesson that failed or broke its promise."""
+    todo, wrong = with_makers(lessons, quick), []
+    weights = {lesson: expected_seconds(lesson, quick) for lesson in todo}
+    print(f"{len(lessons) - len(set(lessons) & set(todo))} done before, {len(todo)} to run")
+    layout = "{desc:32} {percentage:3.0f}% {bar} {elapsed}, {remaining} left"
+    with tqdm(total=sum(weights.values()), bar_format=layout, smoothing=0, disable=None) as bar:
+        for lesson in todo:
+            bar.set_description_str(name_of(lesson))
+            begin, most = bar.n, weights[lesson]
+            watch = functools.partial(move, bar, begin, begin + 0.95 * most)
+            run = run_lesson(lesson, quick=quick, watch=watch)
+            move(bar, begin, begin + most, most)
+            if run["code"]:
+                bar.write(f"{name_of(lesson)} failed with exit code {run['code']}. It said:")
+                bar.write(run["output"] + run["errors"])
+                last = (run["errors"].strip().splitlines() or ["nothing"])[-1]
+                wrong.append(f"{name_of(lesson)} failed: {last}")
+                if not keep_going:
+                    break
+                continue
+            if verbose:
+                bar.write(run["output"].rstrip())
+            note = make_note(lesson, run["output"], quick)
+            write_note(lesson, quick, note)
+            result = note["result"].removeprefix("Result: ")
+            bar.write(f"{name_of(lesson):36} {run['seconds']:4.0f} s   {result}")
+    notes = read_notes(quick)
+    for lesson in lessons:
+        broken = notes.get(name_of(lesson), {}).get("broken", [])
+        wrong += [f"{name_of(lesson)}: {promise}" for promise in broken]
+    return wrong
+
+
+# RECORD
 def record(lessons):
     """Make a full run of each lesson and keep its output, if it keeps the card's promise."""
+    machine = describe_machine()
     for lesson in lessons:
-        start = time.perf_counter()
-        output = run_lesson(lesson)
-        seconds = f"{time.perf_counter() - start:.0f} s"
-        if broken := broken_promises(read_card(lesson), output):
-            sys.exit(f"{name_of(lesson)} is not recorded: {'; '.join(broken)}")
-        path = capture_path(lesson)
+        name, run = name_of(lesson), run_or_exit(lesson)
+        if broken := broken_promises(read_card(lesson)["Expect"], run["output"]):
+            sys.exit(f"{name} is not recorded: {'; '.join(broken)}")
+        result = run["output"].rstrip().splitlines()[-1]
+        entry = {
+            **new_entry(machine, lesson),
+            "code": hash_code(lesson),
+            "seconds": round(run["seconds"]),
+            "peak_memory_mb": round(run["peak_memory"]),
+            "data": read_result(result).get("data"),
+            "result": result,
+        }
+        path = capture_path(name, machine["machine"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        stamp = f"{describe_machine()}, {seconds}, code {hash_code(lesson)}"
-        path.write_text(f"{stamp}\n{output}", encoding="utf-8")
-        print(f"{name_of(lesson)}: {output.splitlines()[-1]}", flush=True)
+        path.write_text(
+            f"{first_line(machine['machine'], entry)}\n{run['output']}", encoding="utf-8"
+        )
+        keep("lessons", name, entry)
+        print(f"{name}: {result}", flush=True)
+
+
+def new_entry(machine, lesson):
+    versions = {key: machine[key] for key in ("driver", "torch", "python")}
+    return {"date": str(date.today()), **versions, "work": hash_work(lesson)}
+
+
+def keep(kind, name, entry):
+    """Put an entry into this machine's record, in the order of the course."""
+    whole = read_record(describe_machine()["machine"])
+    order = [name_of(lesson) for lesson in find_lessons()]
+    entries = whole[kind] | {name: entry}
+    whole[kind] = {name: entries[name] for name in order if name in entries}
+    write_record(whole)
 
 
 SEEDED_RUN = """
@@ -210,181 +323,189 @@ lesson.main()
 """
 
 
-def has_seed(lesson):
-    """Say whether a lesson depends on one seed; one that has TRIALS repeats itself with several."""
-    text = lesson.read_text(encoding="utf-8")
-    found = re.search(r"^[A-Z_, ]*\bSEED = ", text, re.MULTILINE)
-    return found is not None and not re.search(r"^[A-Z_, ]*\bTRIALS\b", text, re.MULTILINE)
+def link_inputs(lesson, folder):
+    """Give a folder what a lesson reads, so that it can run there and leaves models/ alone."""
+    (ROOT / "data").mkdir(exist_ok=True)
+    for file in ["data", *files_in(read_card(lesson)["Needs"])]:
+        link = folder / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(ROOT / file)
 
 
-def try_seeds(lessons):
+def record_seeds(lessons):
     """Run each lesson that has a SEED with seeds 0 to 4, away from models/, and keep the results."""
-    path = ROOT / "data" / "results" / "seeds.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
     for lesson in lessons:
         if not has_seed(lesson):
             continue
         lines = []
         for seed in range(5):
             with tempfile.TemporaryDirectory() as folder:
-                (ROOT / "data").mkdir(exist_ok=True)
-                Path(folder, "data").symlink_to(ROOT / "data")
-                for file in files_in(read_card(lesson)["Needs"]):
-                    Path(folder, file).parent.mkdir(parents=True, exist_ok=True)
-                    Path(folder, file).symlink_to(ROOT / file)
+                link_inputs(lesson, Path(folder))
                 command = [sys.executable, "-c", SEEDED_RUN, str(lesson), str(seed), folder]
                 lines.append(subprocess.check_output(command, text=True).splitlines()[-1])
             print(f"{name_of(lesson)} seed {seed}: {lines[-1]}", flush=True)
-        results[name_of(lesson)] = {"machine": describe_machine(), "results": lines}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        keep("seeds", name_of(lesson), {**new_entry(describe_machine(), lesson), "results": lines})
 
 
-def read_seeds(root=ROOT):
-    path = root / "data" / "results" / "seeds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+# TRY
+def set_constant(text, name, value):
+    """Return a lesson's text with `NAME = value` in a line of its own, below where NAME is set."""
+    known = {}
+    for line in (node for node in ast.parse(text).body if isinstance(node, ast.Assign)):
+        for node in ast.walk(line):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                known[node.id] = line.end_lineno
+    if name not in known:
+        sys.exit(f"This lesson sets no {name}. It sets {', '.join(known)}.")
+    lines = text.splitlines(keepends=True)
+    lines.insert(known[name], f"{name} = {value}\n")
+    return "".join(lines)
 
 
-def lessons_table(root):
-    rows, total = ["| lesson | makes | result of the recorded run | took |", "|---|---|---|---|"], 0
-    for lesson in find_lessons(root):
-        card = read_card(lesson)
-        stamp, output = read_capture(lesson, root)
-        result, seconds = output.splitlines()[-1].removeprefix("Result: "), read_seconds(stamp)
-        total += seconds
-        makes = "<br>".join(f"`{file}`" for file in files_in(card["Makes"])) or "–"
-        title = card["Title"].split(":")[0]
-        title = f"[{title}](#{lesson.stem})<br>`{card['Run']}`"
-        rows.append(f"| {title} | {makes} | {result} | {seconds} s |")
-    return [
-        *rows,
-        f"| all of them | | | {total / 60:.0f} min |",
-        "",
-        f"<sub>{machine_of(stamp)}</sub>",
-    ]
+def make_copy(lesson, edits):
+    """Copy a lesson to a folder of its own under models/scratch/; return the copy's path.
+
+    Its ROOT is that folder, with links to what it needs, so no try replaces a trained model.
+    """
+    folder = ROOT / "models" / "scratch" / lesson.stem
+    link_inputs(lesson, folder)
+    copy = folder / lesson.relative_to(ROOT)
+    text = lesson.read_text(encoding="utf-8")
+    for edit in edits:
+        name, sign, value = edit.partition("=")
+        try:
+            ast.parse(value, mode="eval")
+        except SyntaxError:
+            sign = ""
+        if not sign:
+            sys.exit(f"--set wants NAME=VALUE, such as EPOCHS=1, not {edit}")
+        text = set_constant(text, name, value)
+    if edits or not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text, encoding="utf-8")
+    return copy
 
 
-def files_table(root):
-    rows = ["| file | made by | needed by |", "|---|---|---|"]
-    cards = {lesson: read_card(lesson) for lesson in find_lessons(root)}
-    for card in cards.values():
-        for file in files_in(card["Makes"]):
-            users = [
-                f"`{name_of(user)}`"
-                for user, other in cards.items()
-                if file in files_in(other["Needs"])
-            ]
-            rows.append(f"| `{file}` | `{card['Run']}` | {', '.join(users) or '–'} |")
-    return rows
-
-
-def results_table(root):
-    """What the notes report on their L4, beside the recorded run and the five seeds of each lesson."""
-    rows = [
-        "| | the notes (L4) | recorded run | five seeds: mean (lowest to highest) |",
-        "|---|---|---|---|",
-    ]
-    seeds, machines = read_seeds(root), set()
-    for claim, theirs, name, value in CLAIMS:
-        machine, output = read_capture(root / "src" / f"{name}.py", root)
-        shown = re.search(rf"\b{value} = (.+?)(, |$)", output.splitlines()[-1])[1]
-        record = seeds.get(name, {"machine": machine, "results": []})
-        ours = [read_result(line)[value] for line in record["results"]] or [
-            read_result(output)[value]
-        ]
-        decimals = len(shown.rstrip("%").partition(".")[2])
-        mean, low, high = (
-            f"{n:,.{decimals}f}" for n in (sum(ours) / len(ours), min(ours), max(ours))
+def try_lesson(lesson, edits, quick):
+    missing = [file for file in files_in(read_card(lesson)["Needs"]) if not (ROOT / file).exists()]
+    if missing:
+        maker = makers_and_users()[missing[0]][0]
+        sys.exit(f"{missing[0]} is missing. Make it with: {read_card(maker)['Run']}")
+    copy = make_copy(lesson, edits)
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    shown = copy.relative_to(ROOT)
+    if not edits and editor and sys.stdin.isatty():
+        subprocess.run([*shlex.split(editor), copy], check=False)
+    if copy.read_bytes() == lesson.read_bytes():
+        print(f"Your copy is {shown}, and nothing in it has changed yet.")
+        print("Edit it and run this command again, or add --set NAME=VALUE.")
+        return
+    print(f"Running {shown}")
+    run = run_lesson(lesson, script=copy, quick=quick)
+    print(run["output"] + run["errors"])
+    if run["code"]:
+        sys.exit(f"Your copy ended with exit code {run['code']}; delete {shown} to begin anew.")
+    _, output = read_capture(name_of(lesson))
+    before, after = read_result(output), read_result(run["output"])
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name, "nothing"), after.get(name, "nothing")
+        print(
+            f"{name:24} recorded {old!s:>14}   yours {new!s:>14}{'' if old == new else '   changed'}"
         )
-        spread = "always the same" if low == high else f"{mean} ({low} to {high})"
-        spread = spread if record["results"] else "one run"
-        rows.append(f"| {claim}, `{name}` | {theirs} | {shown} | {spread} |")
-        machines |= {machine_of(machine), machine_of(record["machine"])}
-    return [*rows, "", *(f"<sub>Measured {machine}</sub>" for machine in sorted(machines))]
 
 
-TABLES = {"lessons": lessons_table, "files": files_table, "results": results_table}
-
-
-def render(text, root=ROOT):
-    """Return a document with each marked place filled from the records; nothing else changes."""
-
-    def fill(match):
-        start, kind, name, end = match.groups()
-        if kind == "table":
-            return "\n".join([start.rstrip("\n"), *TABLES[name](root), end])
-        machine, output = read_capture(root / "src" / f"{name}.py", root)
-        return f"{start}```text\n{output.rstrip()}\n```\n<sub>Recorded {machine_of(machine)}</sub>\n{end}"
-
-    return MARKER.sub(fill, text)
-
-
-def find_untruths(root=ROOT):
-    """Return a sentence for everything that the documents, captures and cards say and is not so."""
-    untruths, seeds, recorded = [], read_seeds(root), True
-    for lesson in find_lessons(root):
-        card = read_card(lesson)
-        if not capture_path(lesson, root).exists():
-            untruths.append(f"{name_of(lesson)} has no recorded output")
-            recorded = False  # so the documents cannot be rendered
+def predict(lessons):
+    """Try each prediction of the README, and keep what came of it if it was right."""
+    for name, edit, expect in PREDICTIONS:
+        lesson = ROOT / "src" / f"{name}.py"
+        if lesson not in lessons:
             continue
-        machine, output = read_capture(lesson, root)
-        if not re.match(r"\d{4}-\d\d-\d\d, .+, torch \d.+, Python 3.+, \d+ s, ", machine):
-            untruths.append(f"{name_of(lesson)}: the recorded output does not say when and where")
-            recorded = False
-            continue
-        if not machine.endswith(f", code {hash_code(lesson)}"):
-            untruths.append(f"{name_of(lesson)} has changed since its output was recorded")
-        if has_seed(lesson) and len(seeds.get(name_of(lesson), {}).get("results", [])) < 5:
-            untruths.append(f"{name_of(lesson)} has no record of five seeds")
-        for broken in broken_promises(card, output):
-            untruths.append(f"{name_of(lesson)}, recorded output: {broken}")
-        for seed, line in enumerate(seeds.get(name_of(lesson), {}).get("results", [])):
-            for broken in broken_promises(card, line):
-                untruths.append(f"{name_of(lesson)}, seed {seed}: {broken}")
+        run = run_or_exit(lesson, script=make_copy(lesson, [edit]))
+        shutil.rmtree(ROOT / "models" / "scratch" / lesson.stem)
+        if broken := broken_promises(expect, run["output"]):
+            sys.exit(f"{name} with {edit}: {'; '.join(broken)}")
+        result = run["output"].rstrip().splitlines()[-1]
+        entry = {**new_entry(describe_machine(), lesson), "edit": edit, "result": result}
+        keep("predictions", name, entry)
+        print(f"{name} with {edit}: {result}", flush=True)
+
+
+def write_documents():
+    import matplotlib
+
     for document in DOCUMENTS:
-        text = (root / document).read_text(encoding="utf-8")
-        if recorded and render(text, root) != text:
-            untruths.append(f"{document} differs from the records: run_course.py render")
-    return untruths
+        text = (ROOT / document).read_text(encoding="utf-8")
+        (ROOT / document).write_text(render(text), encoding="utf-8")
+    with matplotlib.rc_context({"svg.hashsalt": "course", "svg.fonttype": "none"}):
+        about = {"Date": None, "Description": hash_records()}
+        draw_course().savefig(ROOT / PICTURE, metadata=about)
 
 
-def show_list(lessons):
-    for lesson in lessons:
-        card = read_card(lesson)
-        missing = [file for file in files_in(card["Makes"]) if not (ROOT / file).exists()]
-        print(f"{card['Run']:50} {'missing ' + ', '.join(missing) if missing else 'done'}")
+def choose(lessons, only, start=None):
+    """Return the lessons whose path contains one of `only`, from the one that contains `start`."""
+    for part in [*(only or []), *([start] if start else [])]:
+        if not any(part in name_of(lesson) for lesson in lessons):
+            sys.exit(f"No lesson is called {part}. All of them: uv run scripts/run_course.py list")
+    if start:
+        first = next(i for i, lesson in enumerate(lessons) if start in name_of(lesson))
+        lessons = lessons[first:]
+    return [
+        lesson for lesson in lessons if not only or any(part in name_of(lesson) for part in only)
+    ]
 
 
-def main():
+def read_command():
     cli = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cli.add_argument("task", choices=["list", "record", "seeds", "render", "check"])
-    cli.add_argument("lesson", nargs="*", help="a part of a lesson's path, such as 02_cnn")
-    arguments = cli.parse_args()
-    lessons = [
-        lesson
-        for lesson in find_lessons()
-        if not arguments.lesson or any(part in name_of(lesson) for part in arguments.lesson)
-    ]
-    if not lessons:
-        cli.error(f"no lesson is called {' or '.join(arguments.lesson)}; try: run_course.py list")
-    if arguments.task == "list":
-        show_list(lessons)
-    elif arguments.task == "record":
-        record(lessons)
-    elif arguments.task == "seeds":
-        try_seeds(lessons)
-    elif arguments.task == "render":
-        for document in DOCUMENTS:
-            text = (ROOT / document).read_text(encoding="utf-8")
-            (ROOT / document).write_text(render(text), encoding="utf-8")
-    elif untruths := find_untruths():
-        sys.exit("\n".join(untruths))
-    else:
+    tasks = cli.add_subparsers(dest="task", required=True, metavar="TASK")
+    for task in ("list", "run", "record", "seeds", "predict", "try", "readme", "check"):
+        one = tasks.add_parser(task)
+        if task not in ("readme", "check", "try"):
+            part = "a part of a path: llm, or 02_cnn"
+            one.add_argument("--only", nargs="+", metavar="LESSON", help=part)
+        if task in ("list", "run", "try"):
+            one.add_argument("--quick", action="store_true", help="smoke runs, under models/quick/")
+        if task == "run":
+            one.add_argument("--from", dest="start", metavar="LESSON", help="begin there")
+            one.add_argument("--keep-going", action="store_true", help="also after a failure")
+            one.add_argument("--verbose", action="store_true", help="show what lessons print")
+        if task == "try":
+            one.add_argument("lesson", help="a part of a lesson's path, such as 06_training")
+            one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    return cli.parse_args()
+
+
+def main():
+    command, lessons = read_command(), find_lessons()
+    if command.task == "try":
+        chosen = choose(lessons, [command.lesson])
+        if len(chosen) > 1:
+            sys.exit(f"Which one: {', '.join(name_of(lesson) for lesson in chosen)}?")
+        try_lesson(chosen[0], command.set, command.quick)
+        return
+    if command.task == "readme":
+        write_documents()
+        return
+    if command.task == "check":
+        if untruths := find_untruths():
+            sys.exit("\n".join(untruths))
         print("Every document says what the records say, and every promise is kept.")
+        return
+    lessons = choose(lessons, command.only, getattr(command, "start", None))
+    if command.task == "list":
+        show_list(lessons, command.quick)
+    elif command.task == "run":
+        if wrong := run_course(lessons, command.quick, command.keep_going, command.verbose):
+            sys.exit("\n".join(wrong))
+        print("Done: every lesson ran." if command.quick else "Done: every promise is kept.")
+    else:
+        {"record": record, "seeds": record_seeds, "predict": predict}[command.task](lessons)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on where this one was.")

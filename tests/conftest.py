@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import run_course
+import records
 
-LESSONS = run_course.find_lessons()
+LESSONS = records.find_lessons()
 REAL_DATA = (ROOT / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte").exists()
 OFFLINE = {  # a proxy that nobody answers: a download fails at once, on every machine
     "http_proxy": "http://127.0.0.1:9",

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import run_course
+import records
 from conftest import LESSONS, ROOT
 
 OWN_WAY = {
@@ -27,7 +27,7 @@ def trees():
 
 def test_cards_name_the_real_command_and_what_they_promise():
     for lesson in LESSONS:
-        card = run_course.read_card(lesson)
+        card = records.read_card(lesson)
         assert set(card) == {"Title", "Run", "Needs", "Makes", "Expect"}, lesson
         assert card["Run"] == f"uv run {lesson.relative_to(ROOT).as_posix()}"
         assert re.fullmatch(r"[\w-].+: .+\.", card["Title"]), lesson
@@ -36,9 +36,9 @@ def test_cards_name_the_real_command_and_what_they_promise():
 def test_every_need_is_made_by_an_earlier_lesson_and_nothing_is_made_twice():
     made = []
     for lesson in LESSONS:
-        card = run_course.read_card(lesson)
-        assert set(run_course.files_in(card["Needs"])) <= set(made), lesson
-        made += run_course.files_in(card["Makes"])
+        card = records.read_card(lesson)
+        assert set(records.files_in(card["Needs"])) <= set(made), lesson
+        made += records.files_in(card["Makes"])
     assert len(made) == len(set(made))
 
 
@@ -127,7 +127,7 @@ def test_top_level_holds_what_was_asked_for_and_nothing_else():
 
 # RECORDS: what the documents show is what a recorded run printed, and it keeps the cards' promises.
 def test_documents_tell_the_truth():
-    assert run_course.find_untruths() == []
+    assert records.find_untruths() == []
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_lie_is_found(copy, mutation):
     changed = re.sub(pattern, replacement, text, count=1)
     assert changed != text, "the mutation changes nothing"
     (copy / file).write_text(changed, encoding="utf-8")
-    untruths = run_course.find_untruths(copy)
+    untruths = records.find_untruths(copy)
     assert any(complaint in untruth for untruth in untruths), untruths
 
 
@@ -221,18 +221,18 @@ def test_a_lie_is_found(copy, mutation):
     ],
 )
 def test_promises_are_compared_as_numbers(expect, output, broken):
-    assert len(run_course.broken_promises({"Expect": expect}, output)) == broken
+    assert len(records.broken_promises(expect, output)) == broken
 
 
 def test_readme_has_a_step_for_every_lesson():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for lesson in LESSONS:
-        assert f"<!-- output {run_course.name_of(lesson)} -->" in readme, lesson
-        assert f"    {run_course.read_card(lesson)['Run']}\n" in readme, lesson
+        assert f"<!-- output {records.name_of(lesson)} -->" in readme, lesson
+        assert f"    {records.read_card(lesson)['Run']}\n" in readme, lesson
 
 
 def test_links_inside_the_documents_lead_somewhere():
-    for document in run_course.DOCUMENTS:
+    for document in records.DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         anchors = set(re.findall(r'<a id="([\w-]+)">', text))
         for target in re.findall(r"\]\(([^)\s]+)\)", text):

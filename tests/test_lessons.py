@@ -17,11 +17,12 @@ import time
 from itertools import groupby
 
 import pytest
+import records
 import run_course
 import torch
 from conftest import LESSONS, REAL_DATA, ROOT, copy_course, load_lesson, run
 
-NAMES = [run_course.name_of(lesson) for lesson in LESSONS]
+NAMES = [records.name_of(lesson) for lesson in LESSONS]
 DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like machine compare
     "basics/01_verify_gpu",
     "basics/02_tensors",
@@ -72,13 +73,14 @@ def test_quick_run_prints_the_recorded_words(course, name):
     with run_course.served(lesson, course / "models" / "quick" / "gpt2_mini") as environment:
         quick = run(course, name, "--quick", env=environment)
     assert quick.returncode == 0, quick.stderr
-    card, (machine, capture) = run_course.read_card(lesson), run_course.read_capture(lesson)
-    for file in run_course.files_in(card["Makes"]):
+    card, on_gpu = records.read_card(lesson), records.describe_gpu() != "no GPU"
+    machine, capture = records.read_capture(name, on_gpu=on_gpu)
+    for file in records.files_in(card["Makes"]):
         assert (course / file.replace("models/", "models/quick/")).stat().st_size > 0
         assert not (course / file).exists(), "a quick run must not replace what a full run made"
     promised = {promise.split()[0] for promise in card["Expect"].split(", ")}
-    assert promised <= set(run_course.read_result(quick.stdout))
-    if name not in DEVICE_SHOWS or run_course.describe_gpu() in machine:
+    assert promised <= set(records.read_result(quick.stdout))
+    if name not in DEVICE_SHOWS or records.describe_gpu() in machine:
         assert masked(quick.stdout) == masked(capture)
 
 
@@ -91,9 +93,9 @@ def test_masking_hides_numbers_but_no_words():
 def test_full_cnn_keeps_its_promise_on_real_digits(tmp_path):
     course = copy_course(tmp_path, with_data=True)
     full = run(course, "intermediate/02_cnn")
-    card = run_course.read_card(ROOT / "src" / "intermediate" / "02_cnn.py")
-    assert run_course.broken_promises(card, full.stdout) == [], full.stderr
-    assert run_course.read_result(full.stdout)["test_accuracy"] < 99.5, "too good to be true"
+    card = records.read_card(ROOT / "src" / "intermediate" / "02_cnn.py")
+    assert records.broken_promises(card["Expect"], full.stdout) == [], full.stderr
+    assert records.read_result(full.stdout)["test_accuracy"] < 99.5, "too good to be true"
 
 
 # FLAGS: a mistyped one ends with exit code 2 and the right ones, before any work is done.
@@ -115,8 +117,8 @@ def test_a_full_run_keeps_its_promise(name, tmp_path, capsys):
     lesson = load_lesson(name)
     lesson.ROOT = tmp_path
     lesson.main()
-    card = run_course.read_card(ROOT / "src" / f"{name}.py")
-    assert run_course.broken_promises(card, capsys.readouterr().out) == []
+    card = records.read_card(ROOT / "src" / f"{name}.py")
+    assert records.broken_promises(card["Expect"], capsys.readouterr().out) == []
 
 
 # CHECKPOINTS: whatever is wrong with one, a sentence says so and names the command that makes it.

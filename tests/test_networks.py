@@ -149,7 +149,7 @@ def test_reloading_gives_the_same_bits_and_tells_other_ones():
     "sabotage", ["none", "shuffled labels", "labels off by one", "rate times 100"]
 )
 def test_a_sabotaged_training_misses_its_promise(sabotage, monkeypatch, capsys, tmp_path):
-    import run_course
+    import records
     from conftest import ROOT
 
     lesson = load_lesson("basics/09_mnist")
@@ -162,8 +162,8 @@ def test_a_sabotaged_training_misses_its_promise(sabotage, monkeypatch, capsys, 
         monkeypatch.setattr(lesson, "LEARNING_RATE", lesson.LEARNING_RATE * 100)
     monkeypatch.setattr(lesson, "load_images", lambda name, limit: (train, test, source))
     lesson.main()
-    card = run_course.read_card(ROOT / "src" / "basics" / "09_mnist.py")
-    broken = run_course.broken_promises(card, capsys.readouterr().out)
+    card = records.read_card(ROOT / "src" / "basics" / "09_mnist.py")
+    broken = records.broken_promises(card["Expect"], capsys.readouterr().out)
     assert bool(broken) == (sabotage != "none"), broken
 
 

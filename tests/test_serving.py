@@ -851,7 +851,7 @@ def test_eight_bits_save_much_and_change_little(own, server, project, written, m
 
 def test_a_wrong_answer_is_counted(own, server, written, monkeypatch, capsys):
     monkeypatch.setattr(own, "load_model", lambda folder: written[:2])
-    monkeypatch.setattr(own, "answer", lambda *_: "something else altogether")
+    monkeypatch.setattr(own, "ask_torch", lambda *_: "something else altogether")
     own.main(url=server.url)
     share = re.search(r"agreement = ([\d.]+)%", capsys.readouterr().out)[1]
     assert float(share) < 20
