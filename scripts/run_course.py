@@ -16,17 +16,19 @@ For those who write the course; each takes --only, as run does:
 import argparse
 import ast
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import date
 from pathlib import Path
 
@@ -60,6 +62,9 @@ from records import (
 )
 from tqdm import tqdm
 
+RUNNING = set()  # processes, to be stopped with this one
+WRITING = threading.Lock()
+
 
 # LESSONS: run one as a learner does, and watch it.
 @contextlib.contextmanager
@@ -85,29 +90,27 @@ def needs_stand_in(lesson):
     return "running Ollama" in read_card(lesson)["Needs"] and not here
 
 
-def run_lesson(lesson, *flags, quick=False, script=None, watch=lambda seconds: None):
+def run_lesson(lesson, quick=False, script=None, threads=None):
     """Run a lesson, or its changed copy `script`; return a dictionary of what came of it:
 
     code, output, errors, seconds, and the peak_memory of its largest process in MB.
     """
-    command = [sys.executable, script or lesson, *(["--quick"] if quick else []), *flags]
+    command = [sys.executable, script or lesson, *(["--quick"] if quick else [])]
     model = ROOT / "models" / ("quick" if quick else "") / "gpt2_mini"
     with (
         served(lesson, model) as environment,
         tempfile.TemporaryFile("w+", encoding="utf-8") as output,
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
     ):
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=errors, cwd=ROOT, env=environment)
-        try:
-            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-                watch(time.perf_counter() - start)
-                time.sleep(0.05)
-        except KeyboardInterrupt:  # the lesson got it too: let it clean up
-            process.wait(timeout=60)
-            raise
+        RUNNING.add(process)
+        _, status, usage = os.wait4(process.pid, 0)
+        RUNNING.discard(process)
         seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        process.returncode = os.waitstatus_to_exitcode(status)
         unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, and kilobytes elsewhere
         texts = [(file.seek(0), file.read())[1] for file in (output, errors)]
     return {
@@ -115,7 +118,7 @@ def run_lesson(lesson, *flags, quick=False, script=None, watch=lambda seconds: N
         "output": texts[0],
         "errors": texts[1],
         "seconds": seconds,
-        "peak_memory": ended[2].ru_maxrss / unit,
+        "peak_memory": usage.ru_maxrss / unit,
     }
 
 
@@ -139,12 +142,13 @@ def read_notes(quick):
 
 
 def write_note(lesson, quick, note):
-    notes = read_notes(quick) | {name_of(lesson): note}
-    path = notes_path(quick)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    with WRITING:
+        notes = read_notes(quick) | {name_of(lesson): note}
+        path = notes_path(quick)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
 
 
 def place(file, quick):
@@ -210,11 +214,6 @@ def make_note(lesson, output, quick):
 
 
 # RUN
-def move(bar, begin, end, seconds):
-    """Let a bar stand at begin + seconds, at most at end."""
-    bar.update(min(begin + seconds, end) - bar.n)
-
-
 def with_makers(lessons, quick):
     """Return the lessons that are not done, and before them those that make what they miss."""
     makers = {file: maker for file, (maker, _) in makers_and_users().items()}
@@ -233,42 +232,96 @@ def with_makers(lessons, quick):
     return sorted(wanted, key=order.index)
 
 
+class Course:
+    """Runs lessons in their order: one at a time in full, as many as there are cores if quick."""
+
+    def __init__(self, lessons, quick, keep_going):
+        self.lessons, self.quick, self.keep_going = lessons, quick, keep_going
+        self.jobs = min(4, os.cpu_count()) if quick else 1  # a full run may measure: it runs alone
+        self.ended = {lesson: threading.Event() for lesson in lessons}
+        self.started, self.runs, self.stopped = {}, {}, False
+
+    def run(self, lesson):
+        """Run a lesson as soon as those are through that make what it needs."""
+        makers = {file: maker for file, (maker, _) in makers_and_users().items()}
+        for file in inputs_of(lesson):
+            if makers[file] in self.ended:
+                self.ended[makers[file]].wait()
+        try:
+            if self.stopped:
+                return
+            self.started[lesson] = time.perf_counter()
+            threads = max(1, os.cpu_count() // self.jobs) if self.jobs > 1 else None
+            run = run_lesson(lesson, self.quick, threads=threads)
+            self.stopped |= bool(run["code"]) and not self.keep_going
+            if not run["code"]:
+                write_note(lesson, self.quick, make_note(lesson, run["output"], self.quick))
+            self.runs[lesson] = run
+        finally:
+            self.ended[lesson].set()
+
+    def progress(self, weights):
+        """Return how much is done: a lesson that runs counts by its time, and never as all done."""
+        now = time.perf_counter()
+        running = [lesson for lesson in [*self.started] if not self.ended[lesson].is_set()]
+        parts = [min(now - self.started[lesson], 0.95 * weights[lesson]) for lesson in running]
+        return sum(weights[lesson] for lesson in [*self.runs]) + sum(parts), running
+
+
+def show_run(lesson, run, verbose, write):
+    """Write one line on a lesson; all that it printed if it failed."""
+    if run["code"]:
+        write(f"{name_of(lesson)} failed with exit code {run['code']}. It said:")
+    if run["code"] or verbose:
+        write((run["output"] + run["errors"]).rstrip())
+    if not run["code"]:
+        result = run["output"].rstrip().splitlines()[-1].removeprefix("Result: ")
+        write(f"{name_of(lesson):36} {run['seconds']:4.0f} s   {result}")
+
+
 def expected_seconds(lesson, quick):
     _, entry = find_record("lessons", name_of(lesson), read_records())
-    return 1 if quick or not entry else max(1, entry["seconds"])
+    return 5 if quick or not entry else max(1, entry["seconds"])
 
 
 def run_course(lessons, quick=False, keep_going=False, verbose=False):
     """Run what is not done; return a sentence for every lesson that failed or broke its promise."""
-    todo, wrong = with_makers(lessons, quick), []
+    todo = with_makers(lessons, quick)
+    course = Course(todo, quick, keep_going)
     weights = {lesson: expected_seconds(lesson, quick) for lesson in todo}
-    print(f"{len(lessons) - len(set(lessons) & set(todo))} done before, {len(todo)} to run")
-    layout = "{desc:32} {percentage:3.0f}% {bar} {elapsed}, {remaining} left"
-    with tqdm(total=sum(weights.values()), bar_format=layout, smoothing=0, disable=None) as bar:
-        for lesson in todo:
-            bar.set_description_str(name_of(lesson))
-            begin, most = bar.n, weights[lesson]
-            watch = functools.partial(move, bar, begin, begin + 0.95 * most)
-            run = run_lesson(lesson, quick=quick, watch=watch)
-            move(bar, begin, begin + most, most)
-            if run["code"]:
-                bar.write(f"{name_of(lesson)} failed with exit code {run['code']}. It said:")
-                bar.write(run["output"] + run["errors"])
-                last = (run["errors"].strip().splitlines() or ["nothing"])[-1]
-                wrong.append(f"{name_of(lesson)} failed: {last}")
-                if not keep_going:
-                    break
-                continue
-            if verbose:
-                bar.write(run["output"].rstrip())
-            note = make_note(lesson, run["output"], quick)
-            write_note(lesson, quick, note)
-            result = note["result"].removeprefix("Result: ")
-            bar.write(f"{name_of(lesson):36} {run['seconds']:4.0f} s   {result}")
-    notes = read_notes(quick)
-    for lesson in lessons:
-        broken = notes.get(name_of(lesson), {}).get("broken", [])
-        wrong += [f"{name_of(lesson)}: {promise}" for promise in broken]
+    print(f"{len(set(lessons) - set(todo))} done before, {len(todo)} to run")
+    layout, shown = "{desc:32} {percentage:3.0f}% {bar} {elapsed}, {remaining} left", set()
+    with (
+        ThreadPoolExecutor(course.jobs) as pool,
+        tqdm(total=sum(weights.values()), bar_format=layout, smoothing=0, disable=None) as bar,
+    ):
+        futures = [pool.submit(course.run, lesson) for lesson in todo]
+        try:
+            while not all(future.done() for future in futures) or len(shown) < len(course.runs):
+                wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
+                done, running = course.progress(weights)
+                bar.set_description_str(", ".join(lesson.stem for lesson in running)[:32])
+                bar.update(done - bar.n)
+                for lesson in [lesson for lesson in todo if lesson in course.runs]:
+                    if lesson not in shown:
+                        show_run(lesson, course.runs[lesson], verbose, bar.write)
+                        shown.add(lesson)
+        except KeyboardInterrupt:
+            course.stopped = True
+            for process in [*RUNNING]:  # those that share our terminal got the Ctrl-C already
+                process.send_signal(signal.SIGINT)
+            raise
+    for future in futures:
+        future.result()  # an error of our own, not of a lesson, must not be lost
+    wrong, notes = [], read_notes(quick)
+    for lesson in dict.fromkeys([*todo, *lessons]):
+        run = course.runs.get(lesson, {"code": 0})
+        if run["code"]:
+            last = (run["errors"].strip().splitlines() or ["nothing"])[-1]
+            wrong.append(f"{name_of(lesson)} failed: {last}")
+            continue
+        for promise in notes.get(name_of(lesson), {}).get("broken", []):
+            wrong.append(f"{name_of(lesson)}: {promise}")
     return wrong
 
 
@@ -402,7 +455,7 @@ def try_lesson(lesson, edits, quick):
         print("Edit it and run this command again, or add --set NAME=VALUE.")
         return
     print(f"Running {shown}")
-    run = run_lesson(lesson, script=copy, quick=quick)
+    run = run_lesson(lesson, quick, copy)
     print(run["output"] + run["errors"])
     if run["code"]:
         sys.exit(f"Your copy ended with exit code {run['code']}; delete {shown} to begin anew.")

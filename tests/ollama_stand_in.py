@@ -573,6 +573,11 @@ MID_STREAM = {  # after three parts of a stream
 }
 
 
+def import_early():
+    """Import, while the first client gets ready, what its first request will need."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
 def main():
     root = Path(__file__).resolve().parents[1]
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -584,6 +589,7 @@ def main():
         models["tinyllama"] = Gpt2(arguments.model)  # the name that the lessons ask for
     with StandIn(models, arguments.port) as server:
         print(server.url, flush=True)
+        threading.Thread(target=import_early, daemon=True).start()
         threading.Event().wait()
 
 
