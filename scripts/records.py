@@ -29,7 +29,9 @@ CLAIMS = [  # what the notes report: in words, in their number, and where this c
     ("200 samples of a rule, test", "97.80 %", "intermediate/03_overfitting_dropout", "rule_test"),
     ("retrained for digits 0 to 4", "99.77 %", "advanced/01_transfer_learning", "test_accuracy"),
     ("parameters retrained", "650", "advanced/01_transfer_learning", "trainable"),
+    ("TorchScript, one image", "1.40 x", "advanced/02_model_optimization", "torchscript"),
     ("int8 file smaller by", "71 %", "advanced/02_model_optimization", "int8_smaller"),
+    ("GPU against CPU, batch of 512", "86 x", "advanced/04_gpu_vs_cpu_benchmark", "gpu_at_512"),
     ("parameters of a block of width 8", "776", "llm/03_transformer_block", "block"),
     ("parameters of GPT-2 small", "117 M", "llm/03_transformer_block", "gpt2_small"),
     ("parameters of MiniGPT", "25,103", "llm/04_mini_gpt", "parameters"),
@@ -293,6 +295,16 @@ def values(claim, entry, seeds):
     return shown, parse_number(shown), results
 
 
+def in_words(spread, decimals):
+    """Write a value's mean over the seeds, its lowest and its highest."""
+    if not spread:
+        return "one run"
+    mean, low, high = (
+        f"{n:,.{decimals}f}" for n in (sum(spread) / len(spread), min(spread), max(spread))
+    )
+    return "always the same" if low == high else f"{mean} ({low} to {high})"
+
+
 def holds(theirs, ours, spread):
     """Say whether a claim of the notes shows here; numbers are compared as the notes round them."""
     if not isinstance(ours, float):
@@ -302,8 +314,8 @@ def holds(theirs, ours, spread):
     if " to " in theirs:
         return "holds" if low <= numbers[1] else "does not hold"
     scale = 1e6 if theirs.endswith("M") else 1
-    rounding = scale / 10 ** len(theirs.rstrip(" %M").partition(".")[2]) / 2
-    if theirs.endswith("%") and "." in theirs:  # a measured accuracy: reached, or not
+    rounding = scale / 10 ** len(theirs.rstrip(" %Mx").partition(".")[2]) / 2
+    if theirs.endswith("x") or (theirs.endswith("%") and "." in theirs):  # more is better
         return "reached" if high >= numbers[0] - rounding else "not reached"
     return "holds" if abs(ours - numbers[0] * scale) <= rounding else "does not hold"
 
@@ -321,17 +333,7 @@ def results_table(root, records):
         place, seeds = find_record("seeds", name, records)
         shown, ours, spread = values(claim, entry, seeds)
         stamps |= {stamp(machine, entry)} | ({stamp(place, seeds)} if seeds else set())
-        decimals = len(shown.rstrip("%").partition(".")[2])
-        mean, low, high = (
-            f"{n:,.{decimals}f}"
-            for n in (
-                sum(spread or [ours]) / len(spread or [ours]),
-                min(spread or [ours]),
-                max(spread or [ours]),
-            )
-        )
-        several = "always the same" if low == high else f"{mean} ({low} to {high})"
-        several = several if spread else "one run"
+        several = in_words(spread, len(shown.rstrip("%").partition(".")[2]))
         verdict = holds(theirs, ours, spread)
         rows.append(f"| {text}, `{name}` | {theirs} | {shown} | {several} | {verdict} |")
     return [*rows, "", *(f"<sub>Measured {text}</sub>" for text in sorted(stamps))]

@@ -136,8 +136,9 @@ def notes_path(quick):
 
 def read_notes(quick):
     try:
-        return json.loads(notes_path(quick).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: then nothing is known
+        notes = json.loads(notes_path(quick).read_text(encoding="utf-8"))
+        return {name: note for name, note in notes.items() if note["time"]}
+    except (OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged: nothing known
         return {}
 
 

@@ -268,7 +268,11 @@ def main(quick=False, matrix_size=None, iterations=None):
     plots = ROOT / ("models/quick" if quick else "models") / "plots"
     save(picture.savefig, plots / "04_gpu_vs_cpu_benchmark.png")
     difference = max(difference for _, difference in results.values())
-    print(f"Result: measurements = {2 * len(batches) + 1}, largest_difference = {difference:.7f}")
+    gain = "none" if on_cpu else words.split()[0]
+    print(
+        f"Result: measurements = {2 * len(batches) + 1}, largest_difference = {difference:.7f}, "
+        f"gpu_at_{batch} = {gain}"
+    )
 
 
 def count(text):
