@@ -5,6 +5,7 @@ each machine under data/results/ keeps the figures. From them the documents are 
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -113,11 +114,22 @@ def broken_promises(expect, output):
     return broken
 
 
+def read_constants(lesson):
+    """Return the constants that a lesson's top lines set to plain values."""
+    constants = {}
+    for node in ast.parse(lesson.read_text(encoding="utf-8")).body:
+        with contextlib.suppress(ValueError, AttributeError):  # no plain value, or no name
+            target, value = node.targets[0], ast.literal_eval(node.value)
+            several = isinstance(target, ast.Tuple)
+            names = [name.id for name in target.elts] if several else [target.id]
+            constants |= zip(names, value if several else [value], strict=True)
+    return constants
+
+
 def has_seed(lesson):
     """Say whether a lesson depends on one seed; one that has TRIALS repeats itself with several."""
-    text = lesson.read_text(encoding="utf-8")
-    found = re.search(r"^[A-Z_, ]*\bSEED = ", text, re.MULTILINE)
-    return found is not None and not re.search(r"^[A-Z_, ]*\bTRIALS\b", text, re.MULTILINE)
+    constants = read_constants(lesson)
+    return "SEED" in constants and "TRIALS" not in constants
 
 
 def hash_code(lesson):
@@ -192,7 +204,7 @@ def write_record(record, root=ROOT):
 
 def find_record(kind, name, records):
     """Return (machine, entry) of the first machine that has one of the kind for a lesson."""
-    found = ((record["machine"], record[kind].get(name)) for record in records)
+    found = ((record["machine"], record.get(kind, {}).get(name)) for record in records)
     return next((pair for pair in found if pair[1]), (None, None))
 
 
@@ -412,53 +424,78 @@ def hash_records(root=ROOT):
 
 
 # CHECK
-def find_untruths(root=ROOT):
-    """Return a sentence for everything that the documents, captures and cards say and is not so."""
-    untruths, records, complete = [], read_records(root), True
-    for lesson in find_lessons(root):
-        name, card, code = name_of(lesson), read_card(lesson), hash_code(lesson)
-        if not find_record("lessons", name, records)[1]:
-            untruths.append(f"{name} has no recorded run")
-            complete = False  # so the documents cannot be rendered
-        for record in records:
-            entry, path = record["lessons"].get(name), capture_path(name, record["machine"], root)
-            if not entry:
-                continue
-            if not path.exists():
-                untruths.append(f"{name} has no recorded output")
-                complete = False
-                continue
-            line, output = path.read_text(encoding="utf-8").split("\n", 1)
-            if line != first_line(record["machine"], entry):
-                untruths.append(
-                    f"{name}: the recorded output does not say when and where, as its record"
-                )
-            if output.splitlines()[-1:] != [entry["result"]]:
-                untruths.append(f"{name}: the recorded output and its record have other results")
-            if entry["code"] != code:
-                untruths.append(f"{name} has changed since its output was recorded")
-            for broken in broken_promises(card["Expect"], output):
-                untruths.append(f"{name}, recorded output: {broken}")
-        _, seeds = find_record("seeds", name, records)
-        if has_seed(lesson) and (not seeds or len(seeds["results"]) < 5):
-            untruths.append(f"{name} has no record of five seeds")
-        if seeds and seeds["work"] != hash_work(lesson):
-            untruths.append(f"{name} works otherwise than when its five seeds were recorded")
-        for seed, line in enumerate(seeds["results"] if seeds else []):
-            for broken in broken_promises(card["Expect"], line):
-                untruths.append(f"{name}, seed {seed}: {broken}")
+def check_captures(lesson, records, root):
+    """Return what is untrue of a lesson's recorded runs, on whatever machines."""
+    name, card, untruths = name_of(lesson), read_card(lesson), []
+    for record in records:
+        entry, path = record["lessons"].get(name), capture_path(name, record["machine"], root)
+        if not entry:
+            continue
+        if not path.exists():
+            untruths.append(f"{name} has no recorded output")
+            continue
+        line, output = path.read_text(encoding="utf-8").split("\n", 1)
+        if line != first_line(record["machine"], entry):
+            untruths.append(
+                f"{name}: the recorded output does not say when and where, as its record"
+            )
+        if output.splitlines()[-1:] != [entry["result"]]:
+            untruths.append(f"{name}: the recorded output and its record have other results")
+        if entry["code"] != hash_code(lesson):
+            untruths.append(f"{name} has changed since its output was recorded")
+        for broken in broken_promises(card["Expect"], output):
+            untruths.append(f"{name}, recorded output: {broken}")
+    return untruths
+
+
+def check_seeds(lesson, records):
+    name, expect, untruths = name_of(lesson), read_card(lesson)["Expect"], []
+    _, seeds = find_record("seeds", name, records)
+    if has_seed(lesson) and (not seeds or len(seeds["results"]) < 5):
+        untruths.append(f"{name} has no record of five seeds")
+    if seeds and seeds["work"] != hash_work(lesson):
+        untruths.append(f"{name} works otherwise than when its five seeds were recorded")
+    for seed, line in enumerate(seeds["results"] if seeds else []):
+        for broken in broken_promises(expect, line):
+            untruths.append(f"{name}, seed {seed}: {broken}")
+    return untruths
+
+
+def check_settings(lesson, records):
+    """Say so if the settings that did best on the images kept back are not the lesson's."""
+    _, chosen = find_record("settings", name_of(lesson), records)
+    best = {key: value for key, value in chosen["best"].items() if key.isupper()} if chosen else {}
+    if best.items() <= read_constants(lesson).items():
+        return []
+    return [f"{name_of(lesson)}: on the images kept back, other settings were better: {best}"]
+
+
+def check_predictions(records, root):
+    untruths = []
     for name, edit, expect in PREDICTIONS:
         _, entry = find_record("predictions", name, records)
         if not entry or entry["edit"] != edit:
             untruths.append(f"{name}: nobody has tried {edit}")
-            complete = False
             continue
         if entry["work"] != hash_work(root / "src" / f"{name}.py"):
             untruths.append(f"{name} works otherwise than when {edit} was tried")
         for broken in broken_promises(expect, entry["result"]):
             untruths.append(f"{name} with {edit}: {broken}")
-    if not complete:
-        return untruths
+    return untruths
+
+
+def find_untruths(root=ROOT):
+    """Return a sentence for everything that the documents, captures and cards say and is not so."""
+    untruths, records = [], read_records(root)
+    for lesson in find_lessons(root):
+        if not find_record("lessons", name_of(lesson), records)[1]:
+            untruths.append(f"{name_of(lesson)} has no recorded run")
+        untruths += check_captures(lesson, records, root)
+        untruths += check_seeds(lesson, records)
+        untruths += check_settings(lesson, records)
+    untruths += check_predictions(records, root)
+    if any(" has no recorded " in text or "nobody has tried" in text for text in untruths):
+        return untruths  # the documents cannot be rendered
     for document in DOCUMENTS:
         text = (root / document).read_text(encoding="utf-8")
         if render(text, root) != text:

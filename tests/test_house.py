@@ -140,6 +140,7 @@ def copy(tmp_path):
     return tmp_path
 
 
+RECORD = records.record_path(records.read_records()[-1]["machine"]).relative_to(ROOT).as_posix()
 MUTATIONS = {
     "a digit in the README": ("README.md", r"(test_accuracy = 9)\d", r"\g<1>1", "README.md"),
     "a digit in the cheat sheet": (
@@ -184,11 +185,53 @@ MUTATIONS = {
         ">= 99.5 %",
         "promised test_accuracy",
     ),
+    "a digit in a record": (
+        RECORD,
+        r'("result": "Result: test_accuracy = 9)8',
+        r"\g<1>7",
+        "the recorded output and its record have other results",
+    ),
+    "the time in a record": (
+        RECORD,
+        r'"seconds": (\d)',
+        r'"seconds": 7\1',
+        "does not say when and where, as its record",
+    ),
     "a digit in the record of the seeds": (
-        "data/results/seeds.json",
-        r"(test_accuracy = 9)8(\.\d+%, parameters = 52)",
-        r"\g<1>7\2",
+        RECORD,
+        r'(\[\s+"Result: test_accuracy = 9)8',
+        r"\g<1>7",
         "promised test_accuracy",
+    ),
+    "a prediction that did not come true": (
+        RECORD,
+        r'("edit": "NEURONS=16",\s+"result": "Result: parameters = 8)1',
+        r"\g<1>2",
+        "basics/05_first_nn with NEURONS=16",
+    ),
+    "the settings that were chosen": (
+        "src/intermediate/02_cnn.py",
+        "BATCH_SIZE, LEARNING_RATE, SEED = 2, 64",
+        "BATCH_SIZE, LEARNING_RATE, SEED = 2, 32",
+        "other settings were better",
+    ),
+    "a word in a capture": (
+        "tests/outputs/basics/09_mnist.txt",
+        "Training images",
+        "Learning images",
+        "README.md",
+    ),
+    "a word of the README's table": (
+        "README.md",
+        r"\| \[Tensors\]",
+        "| [Tensor]",
+        "README.md",
+    ),
+    "a picture of other numbers": (
+        "data/results/course.svg",
+        r"<dc:description>\w",
+        "<dc:description>_",
+        "course.svg",
     ),
 }
 
