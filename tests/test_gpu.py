@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import records
 import torch
 from conftest import load_lesson, run
 
@@ -47,3 +48,31 @@ def test_a_checkpoint_from_the_gpu_loads_on_the_cpu(course):
     on_gpu.load_state_dict(torch.load(path, map_location="cuda", weights_only=True))
     images = torch.rand(64, 1, 28, 28)
     torch.testing.assert_close(on_gpu(images.cuda()).cpu(), on_cpu(images), atol=2e-2, rtol=2e-2)
+
+
+# ADVANCED: what these lessons leave out on a CPU, they do here.
+def quick_on_gpu(course, name):
+    quick = run(course, name, "--quick")
+    assert quick.returncode == 0, quick.stderr
+    return quick.stdout, records.read_result(quick.stdout)
+
+
+def test_the_gpu_stands_against_the_cpu(course):
+    output, result = quick_on_gpu(course, "advanced/04_gpu_vs_cpu_benchmark")
+    assert isinstance(result["gpu_at_32"], float)
+    assert "of its peak" in output
+
+
+def test_ways_that_only_a_gpu_has_keep_their_tolerance(course):
+    output, result = quick_on_gpu(course, "advanced/06_inference_comparison")
+    assert result["outside_tolerance"] == 0
+    assert not re.search(r"CUDA graphs +\| not run", output)
+
+
+def test_a_real_out_of_memory_is_survived(course):
+    assert quick_on_gpu(course, "advanced/05_memory_management")[1]["out_of_memory"] == "survived"
+
+
+@pytest.mark.parametrize("name", ["llm/05_pretrain_gpt2", "llm/10_kv_cache"])
+def test_language_models_run_in_sixteen_bits_and_with_a_cache(course, name):
+    assert quick_on_gpu(course, name)[1]["logit_difference"] <= 0.01
