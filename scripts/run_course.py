@@ -16,6 +16,7 @@ For those who write the course; each takes --only, as run does:
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -39,7 +40,6 @@ from records import (
     ROOT,
     broken_promises,
     capture_path,
-    describe_machine,
     draw_course,
     files_in,
     find_lessons,
@@ -93,7 +93,7 @@ def needs_stand_in(lesson):
 def run_lesson(lesson, quick=False, script=None, threads=None):
     """Run a lesson, or its changed copy `script`; return a dictionary of what came of it:
 
-    code, output, errors, seconds, and the peak_memory of its largest process in MB.
+    code, output, errors, seconds, and peak_memory: the MB of its largest process.
     """
     command = [sys.executable, script or lesson, *(["--quick"] if quick else [])]
     model = ROOT / "models" / ("quick" if quick else "") / "gpt2_mini"
@@ -327,6 +327,14 @@ def run_course(lessons, quick=False, keep_going=False, verbose=False):
 
 
 # RECORD
+@functools.cache
+def describe_machine():
+    """Ask a process of its own: with PyTorch in this one, every lesson would seem to need its memory."""
+    code = "import json, records; print(json.dumps(records.describe_machine()))"
+    command = [sys.executable, "-c", code]
+    return json.loads(subprocess.check_output(command, cwd=Path(__file__).parent, text=True))
+
+
 def record(lessons):
     """Make a full run of each lesson and keep its output, if it keeps the card's promise."""
     machine = describe_machine()

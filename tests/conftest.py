@@ -25,8 +25,8 @@ OFFLINE = {  # a proxy that nobody answers: a download fails at once, on every m
 
 def pytest_configure(config):
     os.environ.update(OFFLINE)
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # they share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores
+        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // workers))
 
 
 @pytest.fixture(scope="session")

@@ -281,7 +281,7 @@ def test_a_record_holds_what_a_run_measured(small, monkeypatch):
     entry = record["lessons"]["llm/01_last"]
     assert entry["result"] == "Result: number = 1"
     assert entry["torch"] == torch.__version__
-    assert 1 < entry["peak_memory_mb"] < 1000
+    assert entry["peak_memory_mb"] >= 5
     assert entry["code"] == records.hash_code(small / "src" / "llm" / "01_last.py")
     first, _ = (
         records.capture_path("llm/01_last", record["machine"], small).read_text().split("\n", 1)
@@ -356,6 +356,7 @@ def stay_in_training_mode(lesson):
 
 
 SABOTAGE = {
+    "nothing": ("basics/09_mnist", lambda lesson: None, None),
     "learning rate times 10": ("basics/09_mnist", raise_learning_rate, "test_accuracy"),
     "shuffled labels": ("basics/09_mnist", shuffle_labels, "test_accuracy"),
     "labels off by one": ("basics/09_mnist", shift_labels, "test_accuracy"),
@@ -378,4 +379,4 @@ def test_a_sabotaged_lesson_breaks_its_promise(tmp_path, capsys, sabotage):
     lesson.main()
     card = records.read_card(ROOT / "src" / f"{name}.py")
     broken = records.broken_promises(card["Expect"], capsys.readouterr().out)
-    assert [promise for promise in broken if f"promised {value}" in promise], broken
+    assert [promise.split()[1] for promise in broken] == ([value] if value else [])
