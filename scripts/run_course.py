@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -122,6 +121,10 @@ def run_lesson(lesson, quick=False, script=None, threads=None):
     }
 
 
+def last_line(text):
+    return (text.rstrip().splitlines() or ["it said nothing"])[-1]
+
+
 def run_or_exit(lesson, **options):
     run = run_lesson(lesson, **options)
     if run["code"]:
@@ -209,7 +212,7 @@ def make_note(lesson, output, quick):
         "time": time.time(),
         "code": hash_code(lesson),
         "inputs": {file: hash_files(place(file, quick)) for file in inputs_of(lesson)},
-        "result": (output.rstrip().splitlines() or [""])[-1],
+        "result": last_line(output),
         "broken": [] if quick else broken_promises(expect, output),
     }
 
@@ -276,7 +279,7 @@ def show_run(lesson, run, verbose, write):
     if run["code"] or verbose:
         write((run["output"] + run["errors"]).rstrip())
     if not run["code"]:
-        result = run["output"].rstrip().splitlines()[-1].removeprefix("Result: ")
+        result = last_line(run["output"]).removeprefix("Result: ")
         write(f"{name_of(lesson):36} {run['seconds']:4.0f} s   {result}")
 
 
@@ -309,7 +312,10 @@ def run_course(lessons, quick=False, keep_going=False, verbose=False):
                         shown.add(lesson)
         except KeyboardInterrupt:
             course.stopped = True
-            for process in [*RUNNING]:  # those that share our terminal got the Ctrl-C already
+            wait(
+                futures, timeout=2
+            )  # who shares our terminal got the Ctrl-C too, and ends by itself
+            for process in [*RUNNING]:
                 process.send_signal(signal.SIGINT)
             raise
     for future in futures:
@@ -318,8 +324,7 @@ def run_course(lessons, quick=False, keep_going=False, verbose=False):
     for lesson in dict.fromkeys([*todo, *lessons]):
         run = course.runs.get(lesson, {"code": 0})
         if run["code"]:
-            last = (run["errors"].strip().splitlines() or ["nothing"])[-1]
-            wrong.append(f"{name_of(lesson)} failed: {last}")
+            wrong.append(f"{name_of(lesson)} failed: {last_line(run['errors'])}")
             continue
         for promise in notes.get(name_of(lesson), {}).get("broken", []):
             wrong.append(f"{name_of(lesson)}: {promise}")
@@ -342,7 +347,7 @@ def record(lessons):
         name, run = name_of(lesson), run_or_exit(lesson)
         if broken := broken_promises(read_card(lesson)["Expect"], run["output"]):
             sys.exit(f"{name} is not recorded: {'; '.join(broken)}")
-        result = run["output"].rstrip().splitlines()[-1]
+        result = last_line(run["output"])
         entry = {
             **new_entry(machine, lesson),
             "code": hash_code(lesson),
@@ -425,12 +430,11 @@ def set_constant(text, name, value):
     return "".join(lines)
 
 
-def make_copy(lesson, edits):
-    """Copy a lesson to a folder of its own under models/scratch/; return the copy's path.
+def make_copy(lesson, edits, folder):
+    """Copy a lesson, with its constants edited, into a folder of its own; return the copy's path.
 
     Its ROOT is that folder, with links to what it needs, so no try replaces a trained model.
     """
-    folder = ROOT / "models" / "scratch" / lesson.stem
     link_inputs(lesson, folder)
     copy = folder / lesson.relative_to(ROOT)
     text = lesson.read_text(encoding="utf-8")
@@ -454,7 +458,8 @@ def try_lesson(lesson, edits, quick):
     if missing:
         maker = makers_and_users()[missing[0]][0]
         sys.exit(f"{missing[0]} is missing. Make it with: {read_card(maker)['Run']}")
-    copy = make_copy(lesson, edits)
+    scratch = f"{lesson.stem}_set" if edits else lesson.stem  # what you edit by hand stays yours
+    copy = make_copy(lesson, edits, ROOT / "models" / "scratch" / scratch)
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     shown = copy.relative_to(ROOT)
     if not edits and editor and sys.stdin.isatty():
@@ -483,11 +488,11 @@ def predict(lessons):
         lesson = ROOT / "src" / f"{name}.py"
         if lesson not in lessons:
             continue
-        run = run_or_exit(lesson, script=make_copy(lesson, [edit]))
-        shutil.rmtree(ROOT / "models" / "scratch" / lesson.stem)
+        with tempfile.TemporaryDirectory() as folder:
+            run = run_or_exit(lesson, script=make_copy(lesson, [edit], Path(folder)))
         if broken := broken_promises(expect, run["output"]):
             sys.exit(f"{name} with {edit}: {'; '.join(broken)}")
-        result = run["output"].rstrip().splitlines()[-1]
+        result = last_line(run["output"])
         entry = {**new_entry(describe_machine(), lesson), "edit": edit, "result": result}
         keep("predictions", name, entry)
         print(f"{name} with {edit}: {result}", flush=True)

@@ -244,7 +244,7 @@ def test_a_try_says_what_has_changed_and_replaces_nothing(small):
     words = " ".join(tried.stdout.splitlines()[-1].split())
     assert words == "number recorded 1.0 yours 5.0 changed"
     assert (small / "models" / "a.txt").read_text() == "1"
-    assert (small / "models" / "scratch" / "01_make" / "models" / "a.txt").read_text() == "5"
+    assert (small / "models" / "scratch" / "01_make_set" / "models" / "a.txt").read_text() == "5"
     assert "NUMBER = 5" not in (small / "src" / "basics" / "01_make.py").read_text()
     assert states(small)[0] == "done"
 
@@ -256,6 +256,8 @@ def test_a_try_by_hand_waits_for_a_change(small):
     copy = small / "models" / "scratch" / "01_last" / "src" / "llm" / "01_last.py"
     change(copy, "NUMBER, PAUSE = 1", "NUMBER, PAUSE = 3")
     assert "yours            3.0   changed" in command(small, "try", "01_last").stdout
+    command(small, "try", "01_last", "--set", "NUMBER=4")
+    assert "NUMBER, PAUSE = 3" in copy.read_text(), "edits by hand are kept"
     change(copy, "NUMBER, PAUSE = 3", "NUMBER, PAUSE = oops")
     broken = command(small, "try", "01_last")
     assert broken.returncode == 1
