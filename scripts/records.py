@@ -318,15 +318,18 @@ def in_words(spread, decimals):
 
 def holds(theirs, ours, spread):
     """Say whether a claim of the notes shows here; numbers are compared as the notes round them."""
-    if not isinstance(ours, float):
-        return "not measured"
-    low, high = min([ours, *spread]), max([ours, *spread])
     numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", theirs.replace(",", ""))]
+    if not isinstance(ours, float):  # a 95 % interval, such as 1.07 to 1.48, or none
+        low, _, high = ours.partition(" to ")
+        if not high:
+            return "not measured"
+        return "within the interval" if float(low) <= numbers[0] <= float(high) else "does not hold"
+    low, high = min([ours, *spread]), max([ours, *spread])
     if " to " in theirs:
         return "holds" if low <= numbers[1] else "does not hold"
     scale = 1e6 if theirs.endswith("M") else 1
     rounding = scale / 10 ** len(theirs.rstrip(" %Mx").partition(".")[2]) / 2
-    if theirs.endswith("x") or (theirs.endswith("%") and "." in theirs):  # more is better
+    if theirs.endswith("%") and "." in theirs:  # an accuracy: more is better
         return "reached" if high >= numbers[0] - rounding else "not reached"
     return "holds" if abs(ours - numbers[0] * scale) <= rounding else "does not hold"
 
@@ -378,8 +381,8 @@ def render(text, root=ROOT):
             return "\n".join([start.rstrip("\n"), *TABLES[name](root, records), end])
         if kind == "try":
             return f"{start}{show_prediction(name, records)}\n{end}"
-        line, output = read_capture(name, root)
-        where = re.match(r".*Python [\d.]+", line)[0]
+        _, output = read_capture(name, root)
+        where = stamp(*find_record("lessons", name, records))
         return f"{start}```text\n{output.rstrip()}\n```\n<sub>Recorded {where}</sub>\n{end}"
 
     return MARKER.sub(fill, text)

@@ -299,7 +299,8 @@ def test_a_record_holds_what_a_run_measured(small, monkeypatch):
     [
         ("97.59 %", 97.9, [97.8, 98.0], "reached"),
         ("97.80 %", 95.1, [94.8, 95.2], "not reached"),
-        ("1.40 x", 1.49, [], "reached"),
+        ("1.40 x", "1.07 to 1.48", [], "within the interval"),
+        ("1.40 x", "0.97 to 1.08", [], "does not hold"),
         ("86 x", "none", [], "not measured"),
         ("109,386", 109386.0, [], "holds"),
         ("117 M", 124439808.0, [], "does not hold"),

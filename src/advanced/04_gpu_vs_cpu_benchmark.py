@@ -189,11 +189,8 @@ def compare_batches(title, work, sides, batches, amount):
         )
     slow = [batch for batch in batches if not rows[batch][1].endswith("faster")]
     late = [batch for batch in batches if batch > max(slow, default=0)]
-    print(
-        f"  {second}: faster from batch {late[0]} on"
-        if late
-        else f"  {second}: not faster to the end"
-    )
+    crossing = f"faster from batch {late[0]} on" if late else "not faster to the end"
+    print(f"  {second}: {crossing}")
     return rows, max(differences)
 
 
@@ -268,7 +265,7 @@ def main(quick=False, matrix_size=None, iterations=None):
     plots = ROOT / ("models/quick" if quick else "models") / "plots"
     save(picture.savefig, plots / "04_gpu_vs_cpu_benchmark.png")
     difference = max(difference for _, difference in results.values())
-    gain = "none" if on_cpu else words.split()[0]
+    gain = "none" if on_cpu else words.partition("(")[2].partition(")")[0]
     print(
         f"Result: measurements = {2 * len(batches) + 1}, largest_difference = {difference:.7f}, "
         f"gpu_at_{batch} = {gain}"
