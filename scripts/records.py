@@ -24,7 +24,7 @@ CLAIMS = [  # what the notes report: in words, in their number, and where this c
     ("two clusters, training points", "100 %", "basics/08_classifier", "train_accuracy"),
     ("MNIST, flat network", "97.59 %", "basics/09_mnist", "test_accuracy"),
     ("its parameters", "109,386", "basics/09_mnist", "parameters"),
-    ("MNIST, CNN", "98.79 %", "intermediate/02_cnn", "test_accuracy"),
+    ("MNIST, CNN with half the parameters", "98.79 %", "intermediate/02_cnn", "test_accuracy"),
     ("its parameters", "52,138", "intermediate/02_cnn", "parameters"),
     ("20 coin tosses, test", "58 %", "intermediate/03_overfitting_dropout", "noise_test"),
     ("200 samples of a rule, test", "97.80 %", "intermediate/03_overfitting_dropout", "rule_test"),
@@ -37,7 +37,12 @@ CLAIMS = [  # what the notes report: in words, in their number, and where this c
     ("parameters of GPT-2 small", "117 M", "llm/03_transformer_block", "gpt2_small"),
     ("parameters of MiniGPT", "25,103", "llm/04_mini_gpt", "parameters"),
     ("its loss", "0.16 to 0.28", "llm/04_mini_gpt", "loss"),
-    ("trained by LoRA in GPT-2, rank 8", "294,912", "llm/07_finetune_lora", "gpt2_trainable"),
+    (
+        "trained by LoRA in GPT-2, rank 8 (0.24 %)",
+        "294,912",
+        "llm/07_finetune_lora",
+        "gpt2_trainable",
+    ),
     ("the same at rank 64", "2.4 M", "llm/11_lora_by_hand", "gpt2_rank_64"),
 ]
 PREDICTIONS = [  # the lesson, what to change in it, and what its Result line must then say
