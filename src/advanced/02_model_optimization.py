@@ -138,8 +138,8 @@ def onnx_runtime(model, images):
     content = program.model_proto.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its idle threads
-    # would keep a core busy after each call, and slow down whatever is timed next.
+    # Idle threads that spin would keep a core busy, and slow down whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = f"{DEVICE.type.upper()}ExecutionProvider"
     here = wanted if wanted in onnxruntime.get_available_providers() else "CPUExecutionProvider"
     session = onnxruntime.InferenceSession(content, options, providers=[here])
@@ -306,12 +306,11 @@ def main(quick=False):
     smaller = 1 - sizes.get("int8 torchao", math.nan) / sizes["eager"]
     torchscript = words[0].get("TorchScript", "none (none)")
     print(f"TorchScript, batch of 1: 1.40 in the notes, here {torchscript}")
-    interval = torchscript.partition("(")[2].partition(")")[0]
     print(f"int8: 71 % smaller in the notes, here {smaller:.0%}")
     print(
         f"Result: forms = {len(calls)}, outside_tolerance = {broken}, "
         f"worst_accuracy = {min(accuracies):.2%}, int8_smaller = {smaller:.0%}, "
-        f"torchscript = {interval}, data = {source}"
+        f"torchscript = {torchscript.split('(')[1].split(')')[0]}, data = {source}"
     )
 
 
