@@ -266,10 +266,8 @@ def main(quick=False, matrix_size=None, iterations=None):
     save(picture.savefig, plots / "04_gpu_vs_cpu_benchmark.png")
     difference = max(difference for _, difference in results.values())
     gain = "none" if on_cpu else words.partition("(")[2].partition(")")[0]
-    print(
-        f"Result: measurements = {2 * len(batches) + 1}, largest_difference = {difference:.7f}, "
-        f"gpu_at_{batch} = {gain}"
-    )
+    result = f"measurements = {2 * len(batches) + 1}, largest_difference = {difference:.7f}"
+    print(f"Result: {result}, gpu_at_{batch} = {gain}")
 
 
 def count(text):
