@@ -1,6 +1,6 @@
 """Choose the learning rate and the batch size of the two MNIST lessons, without the test images.
 
-    uv run scripts/choose_settings.py       # ten minutes on two CPU cores
+    uv run scripts/choose_settings.py
 
 Each setting trains three times on the first 50,000 training images, and is judged by its mean accuracy on
 the other 10,000. What was tried goes into this machine's record, and run_course.py check compares the lessons with it.

@@ -165,7 +165,8 @@ def test_the_profiler_sees_each_fault_and_its_trace_can_be_read(profiling, capsy
     )
     assert waits == 32
     shown = capsys.readouterr().out
-    assert all(part in shown for part in ("prepare", "transfer", "aten::"))
+    assert all(part in shown for part in ("prepare", "transfer"))
+    assert "aten::copy_" in shown or "aten::_to_copy" in shown
     events = json.loads(trace)["traceEvents"]
     names = [event.get("name") for event in events]
     assert names.count("prepare") == 32
