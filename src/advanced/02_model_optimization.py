@@ -1,12 +1,12 @@
-"""Model optimisation: one network in nine forms, and what each of them costs and gains.
+"""Model optimisation: one network in nine forms, and whether it is still the same network.
 
 Run:    uv run src/advanced/02_model_optimization.py
 Needs:  models/mnist_cnn.pth
 Makes:  models/mnist_cnn_scripted.pt, models/mnist_cnn_int8.pth, models/mnist_cnn.onnx
 Expect: forms >= 6, outside_tolerance = 0, worst_accuracy >= 98.3 %, int8_smaller >= 65 %, data = MNIST
 
-A faster form of a network is worth nothing if it answers otherwise. So each form first shows how far
-its logits are from the plain network's, and only then how long it takes, beside the plain network.
+A smaller or faster form of a network is worth nothing if it answers otherwise. So each form shows here
+how far its logits are from the plain network's. 16_faster_or_not.py loads what you keep, and times it.
 """
 
 import argparse
@@ -136,13 +136,9 @@ def onnx_runtime(model, images):
 
     program = torch.onnx.export(export(model, images), verbose=False)
     content = program.model_proto.SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
-    # Idle threads that spin would keep a core busy, and slow down whatever is timed next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = f"{DEVICE.type.upper()}ExecutionProvider"
     here = wanted if wanted in onnxruntime.get_available_providers() else "CPUExecutionProvider"
-    session = onnxruntime.InferenceSession(content, options, providers=[here])
+    session = onnxruntime.InferenceSession(content, providers=[here])
     print(f"ONNX Runtime computes with its {session.get_providers()[0]}")
     return lambda x: torch.from_numpy(session.run(None, {"x": x.cpu().numpy()})[0]), content
 
@@ -176,7 +172,7 @@ NOT_QUICK = "torch.compile", "AOTInductor"  # each keeps a C++ compiler busy for
 # CHECK: the same test images for every form, and the reason where this machine cannot run one.
 @torch.inference_mode()
 def answer(call, images):
-    return torch.cat([call(chunk).float().to(DEVICE) for chunk in images.split(BATCHES[-1])])
+    return torch.cat([call(chunk).float().cpu() for chunk in images.split(BATCHES[-1])])
 
 
 def check_form(name, model, images, labels, expected):
@@ -187,7 +183,6 @@ def check_form(name, model, images, labels, expected):
             warnings.simplefilter("ignore")  # what concerns the learner is printed
             call, content = make(copy.deepcopy(model), images)
             parts = [answer(call, images[:batch]) for batch in BATCHES]  # some compile only now
-        synchronize()
         seconds, logits = time.perf_counter() - start, answer(call, images)
     except Exception as error:  # no package, no compiler, another batch size than it was made for
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -199,65 +194,6 @@ def check_form(name, model, images, labels, expected):
     verdict = "kept" if difference <= allowed else "BROKEN"  # nan is broken too
     row = f"{seconds:5.1f} s | {len(content) / 1024:5.1f} | {accuracy:8.2%} | {same:8.2%} | "
     return call, content, accuracy, f"{row}{difference:14.6f} | {allowed:.3f} {verdict}"
-
-
-# MEASURE: every candidate in turn, so that what disturbs the machine disturbs them all alike.
-def synchronize():
-    if DEVICE.type != "cpu":
-        torch.accelerator.synchronize()  # a GPU works on after the call has come back
-
-
-def time_block(call, count):
-    """Return the seconds that each of count calls takes."""
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / count
-
-
-def time_in_turn(calls, seconds=2.0, rounds=21):
-    """Return {name: seconds per call, [rounds]}; each call runs for `seconds` or longer in all."""
-    counts = {}
-    for name, call in calls.items():  # warm up until it no longer gets faster
-        before, now, count = math.inf, time_block(call, 1), 1
-        while now < 0.9 * before or now * count < seconds / rounds:
-            count = max(count, math.ceil(seconds / rounds / now))
-            before, now = now, time_block(call, count)
-        counts[name] = count
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(time_block(call, counts[name]))
-    return times
-
-
-def compare(base, other):
-    """Return how many times faster other is than base, the 95 % interval of that, and a verdict.
-
-    The interval is a bootstrap (Efron 1979) over the rounds; one that spans 1 shows no difference.
-    """
-    base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
-    ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
-    return np.median(base) / np.median(other), low, high, verdict
-
-
-@torch.inference_mode()
-def measure(calls, images, **amount):
-    """Print how long each form takes; return {form: how it compares with eager, in words}."""
-    runs = {name: lambda call=call: call(images) for name, call in calls.items()}
-    times, words = time_in_turn(runs, **amount), {}
-    print(f"Batch of {len(images):4} | ms (middle half)           | times as fast as eager (95 %)")
-    for name, own in times.items():
-        low, middle, high = np.percentile(own, [25, 50, 75]) * 1e3
-        ratio, least, most, verdict = compare(times["eager"], own)
-        words[name] = f"{ratio:.2f} ({least:.2f} to {most:.2f}): {verdict}"
-        print(f"{name:13} | {f'{middle:.3f} ({low:.3f} to {high:.3f})':26} | {words[name]}")
-    return words
 
 
 # SAVE: as in basics/07_activations.py.
@@ -286,31 +222,27 @@ def main(quick=False):
     command = f"uv run src/intermediate/02_cnn.py{' --quick' if quick else ''}"
     model = load(CNN().to(DEVICE), models / "mnist_cnn.pth", command)
     images, labels, source = load_test_images()
-    images, labels = (tensor[: 1000 if quick else None].to(DEVICE) for tensor in (images, labels))
-    expected, calls, sizes, accuracies, broken = answer(model, images), {}, {}, [], 0
+    count = 1000 if quick else len(images)
+    images, labels = images[:count].to(DEVICE), labels[:count]
+    expected, sizes, accuracies, broken = answer(model, images), {}, [], 0
     print("Form          | made in |   KiB | accuracy | as eager | largest Δlogit | allowed")
     for name, (_, _, file_name) in FORMS.items():
         if quick and name in NOT_QUICK:
             print(f"{name:13} | not run: --quick leaves its compiler out")
             continue
-        call, content, accuracy, row = check_form(name, model, images, labels, expected)
+        _, content, accuracy, row = check_form(name, model, images, labels, expected)
         print(f"{name:13} | {row}")
         if content:
-            calls[name], sizes[name] = call, len(content)
+            sizes[name] = len(content)
             accuracies.append(accuracy)
             broken += row.endswith("BROKEN")
-        if content and file_name:
+        if file_name and row.endswith("kept"):
             save(lambda file, content=content: file.write(content), models / file_name)
-    amount = {"seconds": 0.02, "rounds": 5} if quick else {}
-    words = [measure(calls, images[:batch], **amount) for batch in BATCHES]
     smaller = 1 - sizes.get("int8 torchao", math.nan) / sizes["eager"]
-    torchscript = words[0].get("TorchScript", "none (none)")
-    print(f"TorchScript, batch of 1: 1.40 in the notes, here {torchscript}")
     print(f"int8: 71 % smaller in the notes, here {smaller:.0%}")
     print(
-        f"Result: forms = {len(calls)}, outside_tolerance = {broken}, "
-        f"worst_accuracy = {min(accuracies):.2%}, int8_smaller = {smaller:.0%}, "
-        f"torchscript = {torchscript.split('(')[1].split(')')[0]}, data = {source}"
+        f"Result: forms = {len(sizes)}, outside_tolerance = {broken}, "
+        f"worst_accuracy = {min(accuracies):.2%}, int8_smaller = {smaller:.0%}, data = {source}"
     )
 
 

@@ -1,12 +1,12 @@
-"""Inference: one large network, ten ways to run it, and what each gives for what.
+"""Inference: one large network in four number formats, what each of them gives and for what.
 
 Run:    uv run src/advanced/06_inference_comparison.py
 Needs:  nothing
 Makes:  models/plots/06_inference_comparison.png
-Expect: ways >= 5, outside_tolerance = 0
+Expect: ways >= 4, outside_tolerance = 0
 
-Each way saves something else: bits, passes over memory, or the time to start each layer. Which of
-these your machine spends most on, only a measurement tells; and it tells for this network only.
+A number of 16 bits takes half the memory and half the way of one with 32, and a GPU has units that
+multiply it many times as fast. A CPU without such units has to convert it, and that takes longer.
 """
 
 import argparse
@@ -14,10 +14,8 @@ import contextlib
 import copy
 import ctypes
 import difflib
-import logging
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -26,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torchvision import models
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -36,8 +35,6 @@ SHOTS, PATIENCE = 40, 8  # single calls for p50 and p95; how many times slower i
 
 # MODEL: random weights, so nothing is downloaded; they take as long as trained ones.
 def make_classifier(name):
-    from torchvision import models
-
     names = models.list_models(module=models)
     if name not in names:
         close = ", ".join(difflib.get_close_matches(name, names)) or ", ".join(names[:3])
@@ -47,13 +44,6 @@ def make_classifier(name):
 
 
 # WAYS: each takes the network and a few images, and returns what to call.
-def need_cuda(capability=(0, 0)):
-    if not ON_CUDA:
-        raise RuntimeError("needs a CUDA device")
-    if torch.cuda.get_device_capability() < capability:
-        raise RuntimeError(f"needs compute capability {capability[0]}.{capability[1]}")
-
-
 def use_tf32(on):
     """Let CUDA round the factors of fp32 products to 10 bits, or not."""
     torch.backends.cudnn.allow_tf32 = on
@@ -61,14 +51,14 @@ def use_tf32(on):
 
 
 def run_tf32(model, images):
-    need_cuda(capability=(8, 0))
+    if not ON_CUDA:
+        raise RuntimeError("needs a CUDA device")
 
     def call(x):
         use_tf32(True)
-        try:
-            return model(x)
-        finally:
-            use_tf32(False)
+        logits = model(x)
+        use_tf32(False)
+        return logits
 
     return call
 
@@ -82,77 +72,16 @@ def run_channels_last(model, images):
     return lambda x: model(x.to(memory_format=torch.channels_last))
 
 
-def run_cuda_graph(model, images):
-    """Record the kernels of a call once for each batch size, then start them all at one go."""
-    need_cuda()
-    graphs = {}
-
-    def record(x):
-        own, stream = x.clone(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is set up in the first calls must not be recorded
-            for _ in range(3):
-                model(own)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = model(own)
-        return graph, own, logits
-
-    def call(x):
-        if x.shape not in graphs:
-            graphs[x.shape] = record(x)
-        graph, own, logits = graphs[x.shape]
-        own.copy_(x)
-        graph.replay()
-        return logits  # the next call of this batch size overwrites it
-
-    return call
-
-
-def run_onnx(model, images):
-    import onnxruntime
-
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.onnx.export(model, (images[:2],), dynamic_shapes=({0: batch},), verbose=False)
-    wanted = f"{DEVICE.type.upper()}ExecutionProvider"
-    if wanted not in onnxruntime.get_available_providers():
-        raise RuntimeError(f"this onnxruntime has no {wanted}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its idle threads
-    # would keep a core busy after each call, and slow down whatever is timed next.
-    content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=[wanted])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
-
-
-def run_tensorrt(model, images):
-    need_cuda()
-    import torch_tensorrt
-
-    sizes = {"min_shape": images[:1].shape, "opt_shape": images.shape, "max_shape": images.shape}
-    inputs = [torch_tensorrt.Input(**sizes, dtype=torch.float32)]
-    return torch_tensorrt.compile(model, ir="dynamo", inputs=inputs)
-
-
 WAYS = {  # name: (what makes it, how far it may be from fp32, in parts of the largest logit)
     "eager fp32": (lambda model, images: model, 1e-3),  # another batch alone moves the last bits
     "TF32": (run_tf32, 0.02),
     "fp16 autocast": (run_autocast(torch.float16), 0.01),
     "bf16 autocast": (run_autocast(torch.bfloat16), 0.05),
-    "channels_last": (run_channels_last, 1e-3),
-    "TorchScript": (lambda model, images: torch.jit.script(model), 1e-3),  # deprecated
-    "torch.compile": (lambda model, images: torch.compile(model, dynamic=False), 1e-3),
-    "CUDA graphs": (run_cuda_graph, 1e-3),
-    "ONNX Runtime": (run_onnx, 1e-3),
-    "TensorRT": (run_tensorrt, 0.02),
+    "channels_last": (run_channels_last, 1e-3),  # no format, but the order of the numbers
 }
-NOT_QUICK = "torch.compile", "ONNX Runtime"  # half a minute each
 
 
-# MEASURE: as in 02_model_optimization.py.
+# MEASURE: as in 10_wrong_timings.py.
 def synchronize():
     if DEVICE.type != "cpu":
         torch.accelerator.synchronize()  # a GPU works on after the call has come back
@@ -197,11 +126,6 @@ def compare(base, other):
     return np.median(base) / np.median(other), low, high, verdict
 
 
-def read_kilobytes(name):
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
-
-
 def peak_memory(call):
     """Return the MiB that a call needs at its peak on top of what was there; nan if nobody counts."""
     if ON_CUDA:
@@ -210,32 +134,29 @@ def peak_memory(call):
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
+        from resource import RUSAGE_SELF, getrusage
+
         ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        before = read_kilobytes("VmRSS")
+        before = getrusage(RUSAGE_SELF).ru_maxrss
         call()
-        return (read_kilobytes("VmHWM") - before) / 2**10
-    except (OSError, AttributeError, TypeError):
+        return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2**10
+    except (ImportError, OSError, AttributeError, TypeError):
         return math.nan
 
 
 @torch.inference_mode()
-def make_ways(model, images, batches, quick):
+def check_ways(ways, model, images, batches):
     """Print how far each way's logits are from fp32, or why it does not run.
 
     Return {way: what to call} for those worth timing, how many ran, and how many are too far off.
     """
-    try:
-        calls, ran, broken, expected = {}, 0, 0, model(images).float()
-    except Exception as error:  # some want larger images, or know only one size
-        sys.exit(f"This network cannot read images of SIZE = {images.shape[-1]}: {error}")
+    calls, ran, broken, expected = {}, 0, 0, model(images).float()
     patience = PATIENCE * time_block(lambda: model(images), 3)
     print(f"Way           | made in  | largest Δ of {expected.abs().max():.2f} | allowed")
-    for way, (make, allowed) in WAYS.items():
+    for way, (make, allowed) in ways.items():
         start = time.perf_counter()
         try:
-            if quick and way in NOT_QUICK:
-                raise RuntimeError("--quick leaves it out")
             with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
                 warnings.simplefilter("ignore")  # TorchScript is deprecated: see 02
                 call = make(copy.deepcopy(model), images)
@@ -261,7 +182,7 @@ def make_ways(model, images, batches, quick):
 
 
 @torch.inference_mode()
-def measure(calls, images, shots, **amount):
+def time_ways(calls, images, shots, **amount):
     """Print a row for each way; return {way: images/s}."""
     runs = {way: lambda call=call: call(images) for way, call in calls.items()}
     times, rates = time_in_turn(runs, **amount), {}
@@ -312,17 +233,19 @@ def save(write, path):
 
 
 def main(quick=False, model_name=MODEL, batch_sizes=BATCHES):
-    logging.disable(logging.WARNING)  # the exporters' notes to their own developers
     use_tf32(False)
     batches, size = ([1, 2], 32) if quick else (batch_sizes, SIZE)
     model = make_classifier(model_name)
-    images = torch.rand(max(*batches, 2), 3, size, size, device=DEVICE)
+    images = torch.rand(max(batches), 3, size, size, device=DEVICE)
     print(
         f"{model_name}, {sum(p.numel() for p in model.parameters()):,} parameters, {size} x {size}"
     )
-    calls, ran, broken = make_ways(model, images, batches, quick)
+    try:
+        calls, ran, broken = check_ways(WAYS, model, images, batches)
+    except Exception as error:  # some want larger images, or know only one size
+        sys.exit(f"This network cannot read images of SIZE = {size}: {error}")
     options = {"seconds": 0.02, "rounds": 5, "shots": 5} if quick else {"shots": SHOTS}
-    rates = {batch: measure(calls, images[:batch], **options) for batch in batches}
+    rates = {batch: time_ways(calls, images[:batch], **options) for batch in batches}
     plots = ROOT / ("models/quick" if quick else "models") / "plots"
     save(draw(rates, model_name).savefig, plots / "06_inference_comparison.png")
     print(f"Result: ways = {ran}, outside_tolerance = {broken}")
@@ -337,7 +260,7 @@ def positive_numbers(text):
 
 if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: tiny images, no compiler")
+    cli.add_argument("--quick", action="store_true", help="smoke run: tiny images, models/quick/")
     cli.add_argument(
         "--model-name", default=MODEL, help=f"a classifier of torchvision, here {MODEL}"
     )
