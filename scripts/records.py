@@ -30,9 +30,9 @@ CLAIMS = [  # what the notes report: in words, in their number, and where this c
     ("200 samples of a rule, test", "97.80 %", "intermediate/03_overfitting_dropout", "rule_test"),
     ("retrained for digits 0 to 4", "99.77 %", "advanced/01_transfer_learning", "test_accuracy"),
     ("parameters retrained", "650", "advanced/01_transfer_learning", "trainable"),
-    ("TorchScript, one image", "1.40 x", "advanced/02_model_optimization", "torchscript"),
+    ("TorchScript, one image", "1.40 x", "advanced/16_faster_or_not", "torchscript"),
     ("int8 file smaller by", "71 %", "advanced/02_model_optimization", "int8_smaller"),
-    ("GPU against CPU, batch of 512", "86 x", "advanced/04_gpu_vs_cpu_benchmark", "gpu_at_512"),
+    ("GPU against CPU, batch of 512", "86 x", "advanced/17_where_a_gpu_pays", "gpu_at_512"),
     ("parameters of a block of width 8", "776", "llm/03_transformer_block", "block"),
     ("parameters of GPT-2 small", "117 M", "llm/03_transformer_block", "gpt2_small"),
     ("parameters of MiniGPT", "25,103", "llm/04_mini_gpt", "parameters"),
@@ -294,13 +294,15 @@ def makers_and_users(root=ROOT):
 
 def chain_table(root, records):
     """The files that lead from lesson to lesson, as a tree."""
-    rows = ["```text"]
-    for file, (maker, users) in makers_and_users(root).items():
-        begin = f"{name_of(maker):22} ── {file.removeprefix('models/'):13} ──"
+    rows, handed_on = ["```text"], makers_and_users(root)
+    makers = max((len(name_of(maker)) for maker, users in handed_on.values() if users), default=0)
+    files = max((len(file) for file, (_, users) in handed_on.items() if users), default=0)
+    for file, (maker, users) in handed_on.items():
+        begin = f"{name_of(maker):{makers}} ── {file.removeprefix('models/'):{files - 7}} ──"
         for number, user in enumerate(users, 1):
             last = number == len(users)
             branch = ("─" if last else "┬") if number == 1 else ("└" if last else "├")
-            rows.append(f"{begin if number == 1 else '':42}{branch}─> {name_of(user)}")
+            rows.append(f"{begin if number == 1 else ' ' * len(begin)}{branch}─> {name_of(user)}")
     return [*rows, "```"]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the three benchmark lessons and collect their tables and pictures under models/benchmarks/.
+# Run the benchmark lessons and collect their tables and pictures under models/benchmarks/.
 # With a GPU they get the reference project's arguments; a CPU would need hours for those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,6 +24,8 @@ run() {
 }
 
 run 04_gpu_vs_cpu_benchmark ${matrices[@]+"${matrices[@]}"}
+run 17_where_a_gpu_pays
 run 05_memory_management --batch-sizes 16,32,64,128
 run 06_inference_comparison ${networks[@]+"${networks[@]}"}
+run 11_inference_engines
 echo "Tables and pictures: $folder"

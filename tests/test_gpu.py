@@ -58,15 +58,19 @@ def quick_on_gpu(course, name):
 
 
 def test_the_gpu_stands_against_the_cpu(course):
-    output, result = quick_on_gpu(course, "advanced/04_gpu_vs_cpu_benchmark")
+    output, _ = quick_on_gpu(course, "advanced/04_gpu_vs_cpu_benchmark")
+    assert re.search(r"\d% of its peak", output)
+    _, result = quick_on_gpu(course, "advanced/17_where_a_gpu_pays")
     assert isinstance(result["gpu_at_32"], float)
-    assert "of its peak" in output
 
 
-def test_ways_that_only_a_gpu_has_keep_their_tolerance(course):
-    output, result = quick_on_gpu(course, "advanced/06_inference_comparison")
+@pytest.mark.parametrize(
+    ("name", "way"), [("06_inference_comparison", "TF32"), ("11_inference_engines", "CUDA graphs")]
+)
+def test_ways_that_only_a_gpu_has_keep_their_tolerance(course, name, way):
+    output, result = quick_on_gpu(course, f"advanced/{name}")
     assert result["outside_tolerance"] == 0
-    assert not re.search(r"CUDA graphs +\| not run", output)
+    assert not re.search(rf"{way} +\| not run", output)
 
 
 def test_a_real_out_of_memory_is_survived(course):

@@ -33,6 +33,9 @@ DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like mac
     "advanced/02_model_optimization",
     "advanced/04_gpu_vs_cpu_benchmark",
     "advanced/06_inference_comparison",
+    "advanced/11_inference_engines",
+    "advanced/16_faster_or_not",
+    "advanced/17_where_a_gpu_pays",
 }
 
 

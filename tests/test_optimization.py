@@ -26,13 +26,28 @@ def forms():
 
 
 @pytest.fixture
-def sides():
+def faster():
+    return load_lesson("advanced/16_faster_or_not")
+
+
+@pytest.fixture
+def products():
     return load_lesson("advanced/04_gpu_vs_cpu_benchmark")
+
+
+@pytest.fixture
+def sides():
+    return load_lesson("advanced/17_where_a_gpu_pays")
 
 
 @pytest.fixture
 def ways():
     return load_lesson("advanced/06_inference_comparison")
+
+
+@pytest.fixture
+def engines():
+    return load_lesson("advanced/11_inference_engines")
 
 
 # METHOD: a machine whose clock we set. Its noise has a heavy tail: one block in ten is disturbed.
@@ -234,6 +249,54 @@ def test_without_a_trained_network_the_lesson_names_the_command(forms, tmp_path)
         forms.main(quick=True)
 
 
+# FASTER: what was shipped is loaded, timed, and found out when it is another network's.
+def ship(forms, network, folder):
+    """Write what lesson 02 would, but for the compilers' forms."""
+    forms.CNN.__module__ = "__main__"  # TorchScript cannot read back a name like 02_...
+    torch.save(network[0].state_dict(), folder / "mnist_cnn.pth")
+    for name, (_, _, file) in forms.FORMS.items():
+        if file:
+            (folder / file).write_bytes(forms.check_form(name, *network)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_is_shipped_is_timed_and_a_stale_file_is_found(
+    forms, faster, network, tmp_path, capsys
+):
+    model, images, _, _ = network
+    ship(forms, network, tmp_path)
+    calls, broken = faster.make_forms(model, tmp_path, images, quick=True)
+    assert list(calls) == [name for name in FORMS if name not in faster.NOT_QUICK]
+    assert broken == 0
+    assert set(faster.FORMS) == set(FORMS)
+    torch.manual_seed(1)
+    assert faster.make_forms(faster.CNN().eval(), tmp_path, images, quick=True)[1] >= 2
+    assert "Run 02 again" in capsys.readouterr().out
+    (tmp_path / "mnist_cnn.onnx").unlink()
+    (tmp_path / "mnist_cnn_scripted.pt").write_bytes(b"no model")
+    calls, _ = faster.make_forms(model, tmp_path, images, quick=True)
+    assert not {"ONNX Runtime", "TorchScript"} & set(calls)
+    shown = capsys.readouterr().out
+    assert "mnist_cnn.onnx is missing; 02_model_optimization.py makes it" in shown
+    assert re.search(r"TorchScript +\| not run: ", shown)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_forms_answer_alike(forms, faster, network, tmp_path):
+    model, images, _, _ = network
+    faster.FORMS = {name: faster.FORMS[name] for name in faster.NOT_QUICK}
+    calls, broken = faster.make_forms(model, tmp_path, images, quick=False)
+    assert (list(calls), broken) == (list(faster.NOT_QUICK), 0)
+
+
+def test_each_form_is_compared_with_the_plain_one(faster, capsys, monkeypatch):
+    took = {"eager": [2e-3] * 5, "other": [1e-3] * 5}
+    monkeypatch.setattr(faster, "time_in_turn", lambda runs, **_: took)
+    words = faster.measure(dict.fromkeys(took), torch.zeros(8))
+    assert words["other"] == "2.00 (2.00 to 2.00): faster"
+    assert re.search(r"other +\| 1\.000 \(1\.000 to 1\.000\)", capsys.readouterr().out)
+
+
 # GPU AGAINST CPU: what is counted, and where the crossing lies.
 @pytest.mark.parametrize(
     ("verdicts", "words"),
@@ -245,37 +308,71 @@ def test_without_a_trained_network_the_lesson_names_the_command(forms, tmp_path)
     ],
 )
 def test_the_crossing_is_where_nothing_slower_follows(sides, capsys, monkeypatch, verdicts, words):
-    told = iter(verdicts)
-    rates = {"1 thread": np.ones(5), "all threads": np.ones(5)}
-    monkeypatch.setattr(sides, "measure", lambda *_, **__: (rates, f"1.00 (1 to 1): {next(told)}"))
+    told, took = iter(verdicts), {"1 thread": [0.5] * 5, "all threads": [0.25] * 5}
+    monkeypatch.setattr(sides, "time_in_turn", lambda works, **_: took)
+    monkeypatch.setattr(sides, "compare", lambda *_: (1.0, 1.0, 1.0, next(told)))
     both = sides.pick_sides()
-    _, difference = sides.compare_batches("T", sides.inference, both, [1, 8, 32, 128], {})
+    rows, difference = sides.compare_batches("T", sides.inference, both, [1, 8, 32, 128], {})
     assert f": {words}\n" in capsys.readouterr().out
     assert difference <= 1e-5
+    assert rows[32][0]["1 thread"].tolist() == [64.0] * 5, "images are counted"
+    assert rows[32][0]["all threads"].tolist() == [128.0] * 5
 
 
-def test_images_and_operations_are_counted(sides, capsys, monkeypatch):
+def test_operations_are_counted(products, capsys, monkeypatch):
     took = {"1 thread": [0.5] * 5, "all threads": [0.25] * 5}
-    monkeypatch.setattr(sides, "time_in_turn", lambda works, **_: took)
-    rates, words = sides.measure({}, {"1 thread": 32, "all threads": 32})
-    assert rates["1 thread"].tolist() == [64.0] * 5
-    assert rates["all threads"].tolist() == [128.0] * 5
-    assert words == "2.00 (2.00 to 2.00): faster"
-    both = dict.fromkeys(took, (torch.device("cpu"), 1))
-    sides.compare_products(both, {"1 thread": 500, "all threads": 1000}, math.nan)
+    monkeypatch.setattr(products, "time_in_turn", lambda works, **_: took)
+    rows, difference = products.compare_products(products.pick_sides(), [500, 1000])
+    assert rows[500]["1 thread"].tolist() == [0.5] * 5  # 2 x 500^3 operations in half a second
+    assert rows[1000]["all threads"].tolist() == [8.0] * 5
+    assert difference <= 1e-5
     shown = capsys.readouterr().out
-    assert "Matrices of 500 by 1 thread: 0.5" in shown or "1 thread: 0 (0 to 0) GFLOP/s" in shown
-    assert "Matrices of 1000 by all threads: 8 (8 to 8) GFLOP/s, peak not known" in shown
+    assert "1000 x  1000 | 1 thread 4 (4 to 4)" in shown
+    assert "2.00 (2.00 to 2.00): faster" in shown
 
 
-def test_a_share_of_the_peak_is_shown_where_the_peak_is_known(sides, capsys, monkeypatch):
+def test_a_cpu_is_not_asked_for_what_takes_it_minutes(products, capsys, monkeypatch):
+    gpu, asked = torch.device("meta"), []
+    monkeypatch.setattr(products, "DEVICE", gpu)
     monkeypatch.setattr(
-        sides, "time_in_turn", lambda works, **_: {"CPU": [1.0] * 5, "GPU": [1.0] * 5}
+        products, "matmul", lambda device, size: asked.append((device.type, size)) or torch.ones
     )
-    monkeypatch.setattr(sides, "matmul", lambda device, size: None)
-    both = {"CPU": (torch.device("cpu"), 1), "GPU": (torch.device("cuda"), 1)}
-    sides.compare_products(both, {"CPU": 1000, "GPU": 1000}, peak=8.0)
-    assert "by GPU: 2 (2 to 2) GFLOP/s, 25% of its peak" in capsys.readouterr().out
+    monkeypatch.setattr(products, "with_threads", lambda threads, work: lambda: torch.ones(1))
+    monkeypatch.setattr(
+        products, "time_in_turn", lambda works, **_: {side: [1.0] for side in works}
+    )
+    both = {"CPU": (torch.device("cpu"), 1), "GPU": (gpu, 1)}
+    rows, _ = products.compare_products(both, [1024, 8192])
+    assert asked == [("cpu", 1024), ("meta", 1024), ("meta", 8192)]
+    assert list(rows[8192]) == ["GPU"]
+    assert "the CPU is not asked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("peak", "words"), [(8.0, "25% of its peak"), (math.nan, "its peak is not known")]
+)
+def test_a_share_of_the_peak_is_shown_where_the_peak_is_known(
+    products, capsys, monkeypatch, peak, words
+):
+    monkeypatch.setattr(products, "find_peak", lambda: peak)
+    monkeypatch.setattr(products, "save", lambda *_: None)
+    rows = {128: {"1 thread": np.full(5, 1.0), "all threads": np.full(5, 2.0)}}
+    monkeypatch.setattr(products, "compare_products", lambda *_, **__: (rows, 0.0))
+    products.main(quick=True)
+    assert f"by all threads: 2 GFLOP/s, {words}\n" in capsys.readouterr().out
+
+
+def test_the_flags_of_the_notes_choose_the_largest_matrix_and_the_repeats(products, monkeypatch):
+    asked = {}
+    rows = {300: {"1 thread": np.ones(7), "all threads": np.ones(7)}}
+    monkeypatch.setattr(
+        products,
+        "compare_products",
+        lambda sides, sizes, **options: asked.update(sizes=sizes, **options) or (rows, 0.0),
+    )
+    monkeypatch.setattr(products, "save", lambda *_: None)
+    products.main(matrix_size=300, iterations=7)
+    assert asked == {"sizes": [64, 256, 300], "seconds": 2.0, "rounds": 7}
 
 
 def test_both_sides_do_the_same_work(sides):
@@ -286,9 +383,9 @@ def test_both_sides_do_the_same_work(sides):
     assert step() != step(), "a training step trains"
 
 
-def test_matrices_that_do_not_fit_end_in_a_sentence(sides):
+def test_matrices_that_do_not_fit_end_in_a_sentence(products):
     with pytest.raises(SystemExit, match="smaller --matrix-size"):
-        sides.matmul(torch.device("cpu"), 10**7)
+        products.matmul(torch.device("cpu"), 10**7)
 
 
 # WAYS: a small classifier through all of them.
@@ -299,19 +396,29 @@ def small():
     return nn.Sequential(*layers).eval(), torch.rand(4, 3, 8, 8)
 
 
-def test_every_way_is_within_its_tolerance(ways, small, capsys):
-    model, images = small
-    calls, ran, broken = ways.make_ways(model, images, [1, 4], quick=False)
-    rows = dict(re.findall(r"^(\w[\w. ]*\w) +\| (.+)$", capsys.readouterr().out, re.MULTILINE))
+def rows_of(shown):
+    return dict(re.findall(r"^(\w[\w. ]*\w) +\| (.+)$", shown, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("lesson", "expected", "only_cuda"),
+    [
+        ("ways", {"eager fp32", "fp16 autocast", "bf16 autocast", "channels_last"}, ["TF32"]),
+        ("engines", {"eager fp32", "TorchScript", "ONNX Runtime"}, ["CUDA graphs", "TensorRT"]),
+    ],
+)
+def test_every_way_is_within_its_tolerance(request, small, capsys, lesson, expected, only_cuda):
+    lesson = request.getfixturevalue(lesson)
+    calls, ran, broken = lesson.check_ways(lesson.WAYS, *small, [1, 4])
+    rows = rows_of(capsys.readouterr().out)
     assert broken == 0
-    for way in ways.WAYS:
+    for way in lesson.WAYS:
         assert "kept" in rows[way] or "not run" in rows[way], rows[way]
         assert "kept" in rows[way] or way not in calls
     assert ran == sum("kept" in row for row in rows.values())
-    expected = {"eager fp32", "fp16 autocast", "bf16 autocast", "channels_last", "TorchScript"}
-    assert expected | {"ONNX Runtime"} <= {way for way in rows if "kept" in rows[way]}
-    if not ways.ON_CUDA:
-        for way in ("TF32", "CUDA graphs", "TensorRT"):
+    assert expected <= {way for way in rows if "kept" in rows[way]}
+    if not lesson.ON_CUDA:
+        for way in only_cuda:
             assert "needs a CUDA device" in rows[way]
 
 
@@ -325,14 +432,14 @@ def test_a_broken_way_is_found(ways, small, capsys):
         buffer[: len(x)] = model(x)
         return buffer[: len(x)]
 
-    ways.WAYS = {
+    spoilt = {
         "in training": (lambda model, _: model.train(), 1e-3),
         "one image": (lambda model, _: lambda x: model(x) + (len(x) == 1), 1e-3),
         "nan": (lambda model, _: lambda x: model(x) * math.nan, 1e-3),
         "another batch": (lambda model, _: torch.export.export(model, (images,)).module(), 1e-3),
         "one buffer": (lambda model, _: keeps_one_buffer, 1e-3),
     }
-    _, ran, broken = ways.make_ways(model, images, [1, 4], quick=False)
+    _, ran, broken = ways.check_ways(spoilt, model, images, [1, 4])
     assert (ran, broken) == (4, 3)
     shown = capsys.readouterr().out
     assert {row.split(" |")[0].strip() for row in shown.splitlines() if " s | " in row} == {
@@ -349,10 +456,10 @@ def test_a_way_that_takes_too_long_is_not_waited_for(ways, small, monkeypatch):
     seconds = {id(images): 1.0}
     monkeypatch.setattr(ways, "time_block", lambda call, count: (call(), seconds["now"])[1])
     seconds["now"] = 1.0
-    ways.WAYS = {"eager fp32": (lambda model, _: model, 1e-3)}
-    assert list(ways.make_ways(model, images, [4], quick=False)[0]) == ["eager fp32"]
+    eager = {"eager fp32": (lambda model, _: model, 1e-3)}
+    assert list(ways.check_ways(eager, model, images, [4])[0]) == ["eager fp32"]
     ways.PATIENCE = 0.5
-    assert ways.make_ways(model, images, [4], quick=False)[0] == {}
+    assert ways.check_ways(eager, model, images, [4])[0] == {}
 
 
 def test_an_unknown_network_is_refused_with_a_suggestion(ways):
@@ -360,10 +467,10 @@ def test_an_unknown_network_is_refused_with_a_suggestion(ways):
         ways.main(model_name="resnet_50")
 
 
-def test_images_of_a_wrong_size_end_in_a_sentence(ways, small):
-    model, images = small
-    with pytest.raises(SystemExit, match="cannot read images of SIZE = 4"):
-        ways.make_ways(model, images[..., :4, :4], [1], quick=False)
+def test_images_of_a_wrong_size_end_in_a_sentence(ways, small, monkeypatch):
+    monkeypatch.setattr(ways, "make_classifier", lambda name: small[0])
+    with pytest.raises(SystemExit, match="cannot read images of SIZE = 32"):
+        ways.main(quick=True)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-8", "1,a", "1;8"])
@@ -376,7 +483,7 @@ def test_bad_batch_sizes_are_refused(ways, text):
 # SCRIPT: the reference project's commands, with a stand-in for uv that only writes them down.
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
 @pytest.mark.parametrize("gpu", [True, False])
-def test_run_benchmarks_runs_the_three_lessons(tmp_path, gpu):
+def test_run_benchmarks_runs_the_benchmark_lessons(tmp_path, gpu):
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "run_benchmarks.sh", tmp_path / "scripts")
     tools = tmp_path / "bin"
@@ -396,10 +503,11 @@ def test_run_benchmarks_runs_the_three_lessons(tmp_path, gpu):
     command = ["bash", str(tmp_path / "scripts" / "run_benchmarks.sh")]
     subprocess.run(command, check=True, env=environment, cwd="/", capture_output=True)
     commands = log.read_text().splitlines()
-    assert [re.search(r"advanced/(\d\d)", line)[1] for line in commands] == ["04", "05", "06"]
+    lessons = [re.search(r"advanced/(\d\d)", line)[1] for line in commands]
+    assert lessons == ["04", "17", "05", "06", "11"]
     assert ("--matrix-size 8192 --iterations 100" in commands[0]) == gpu
-    assert ("--model-name resnet50 --batch-sizes 1,8,16,32" in commands[2]) == gpu
-    assert "--batch-sizes 16,32,64,128" in commands[1]
+    assert ("--model-name resnet50 --batch-sizes 1,8,16,32" in commands[3]) == gpu
+    assert "--batch-sizes 16,32,64,128" in commands[2]
     (collected,) = (tmp_path / "models" / "benchmarks").iterdir()
     assert {path.name for path in collected.iterdir()} >= {
         "04_gpu_vs_cpu_benchmark.txt",

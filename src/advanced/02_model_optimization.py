@@ -97,13 +97,11 @@ def pack(model):
 
 
 def channels_last(model, images):
-    model = model.to(memory_format=torch.channels_last)
-    return lambda x: model(x.to(memory_format=torch.channels_last)), pack(model)
+    return model.to(memory_format=torch.channels_last), pack(model)
 
 
 def bf16_autocast(model, images):
-    call = torch.autocast(DEVICE.type, dtype=torch.bfloat16)(lambda x: model(x))
-    return call, pack(model)
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16)(lambda x: model(x)), pack(model)
 
 
 def compiled(model, images):
@@ -222,8 +220,7 @@ def main(quick=False):
     command = f"uv run src/intermediate/02_cnn.py{' --quick' if quick else ''}"
     model = load(CNN().to(DEVICE), models / "mnist_cnn.pth", command)
     images, labels, source = load_test_images()
-    count = 1000 if quick else len(images)
-    images, labels = images[:count].to(DEVICE), labels[:count]
+    images, labels = images[: 1000 if quick else None].to(DEVICE), labels[: 1000 if quick else None]
     expected, sizes, accuracies, broken = answer(model, images), {}, [], 0
     print("Form          | made in |   KiB | accuracy | as eager | largest Δlogit | allowed")
     for name, (_, _, file_name) in FORMS.items():

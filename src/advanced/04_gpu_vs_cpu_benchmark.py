@@ -65,7 +65,7 @@ def with_threads(threads, work):
     return call
 
 
-# MEASURE: as in 10_wrong_timings.py.
+# MEASURE: in turn, so that what disturbs the machine disturbs both alike.
 def synchronize():
     if DEVICE.type != "cpu":
         torch.accelerator.synchronize()  # a GPU works on after the call has come back

@@ -44,20 +44,17 @@ def make_classifier(name):
 
 
 # WAYS: each takes the network and a few images, and returns what to call.
-def use_tf32(on):
-    """Let CUDA round the factors of fp32 products to 10 bits, or not."""
-    torch.backends.cudnn.allow_tf32 = on
-    torch.set_float32_matmul_precision("high" if on else "highest")
-
-
 def run_tf32(model, images):
+    """Let CUDA round the factors of fp32 products to 10 bits, for as long as a call lasts."""
     if not ON_CUDA:
         raise RuntimeError("needs a CUDA device")
 
     def call(x):
-        use_tf32(True)
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
         logits = model(x)
-        use_tf32(False)
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
         return logits
 
     return call
@@ -67,21 +64,16 @@ def run_autocast(dtype):
     return lambda model, images: torch.autocast(DEVICE.type, dtype=dtype)(lambda x: model(x))
 
 
-def run_channels_last(model, images):
-    model.to(memory_format=torch.channels_last)
-    return lambda x: model(x.to(memory_format=torch.channels_last))
-
-
 WAYS = {  # name: (what makes it, how far it may be from fp32, in parts of the largest logit)
     "eager fp32": (lambda model, images: model, 1e-3),  # another batch alone moves the last bits
     "TF32": (run_tf32, 0.02),
     "fp16 autocast": (run_autocast(torch.float16), 0.01),
     "bf16 autocast": (run_autocast(torch.bfloat16), 0.05),
-    "channels_last": (run_channels_last, 1e-3),  # no format, but the order of the numbers
+    "channels_last": (lambda model, images: model.to(memory_format=torch.channels_last), 1e-3),
 }
 
 
-# MEASURE: as in 10_wrong_timings.py.
+# MEASURE: as in 04_gpu_vs_cpu_benchmark.py.
 def synchronize():
     if DEVICE.type != "cpu":
         torch.accelerator.synchronize()  # a GPU works on after the call has come back
@@ -162,22 +154,21 @@ def check_ways(ways, model, images, batches):
                 call = make(copy.deepcopy(model), images)
             # Some compile for each size; CUDA graphs give the same tensor again, so copy it.
             parts = [call(images[:batch]).float().to(DEVICE, copy=True) for batch in batches]
-            synchronize()
-            seconds = time.perf_counter() - start
             gaps = torch.cat([part - expected[: len(part)] for part in parts])
             difference = (gaps.abs().max() / expected.abs().max()).item()  # in every batch
+            seconds = time.perf_counter() - start
             slow = time_block(lambda call=call: call(images), 1) > patience
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            print(f"{way:13} | not run: {reason:.75}")
+            print(f"{way:13} | not run: {type(error).__name__}: {error}".partition("\n")[0][:99])
             continue
         kept = difference <= allowed  # nan is not
         ran, broken = ran + 1, broken + (not kept)
-        waits = f"; over {PATIENCE} times as slow as eager, not timed" if slow else ""
-        verdict = f"{allowed:.3f} {'kept' if kept else 'BROKEN'}{waits}"
-        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {verdict}")
-        if not slow:
+        verdict = f"{allowed:.3f} {'kept' if kept else 'BROKEN'}"
+        if slow:
+            verdict += f"; over {PATIENCE} times as slow as eager, not timed"
+        else:
             calls[way] = call
+        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {verdict}")
     return calls, ran, broken
 
 
@@ -186,17 +177,13 @@ def time_ways(calls, images, shots, **amount):
     """Print a row for each way; return {way: images/s}."""
     runs = {way: lambda call=call: call(images) for way, call in calls.items()}
     times, rates = time_in_turn(runs, **amount), {}
-    print(
-        f"Batch of {len(images):4} | images/s |   p50 ms |   p95 ms | peak MiB | times as fast (95 %)"
-    )
+    print(f"Batch of {len(images):4} | images/s |   p50 ms |   p95 ms | peak MiB | as fast (95 %)")
     for way, call in runs.items():
         middle, late = np.percentile([time_block(call, 1) for _ in range(shots)], [50, 95]) * 1e3
-        ratio, low, high, verdict = compare(times["eager fp32"], times[way])
+        words = "{:.2f} ({:.2f} to {:.2f}): {}".format(*compare(times["eager fp32"], times[way]))
         rates[way] = len(images) / np.median(times[way])
-        print(
-            f"{way:13} | {rates[way]:8,.1f} | {middle:8.2f} | {late:8.2f} | {peak_memory(call):8.1f} | "
-            f"{ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}"
-        )
+        row = f"{way:13} | {rates[way]:8,.1f} | {middle:8.2f} | {late:8.2f} | {peak_memory(call):8.1f}"
+        print(f"{row} | {words}")
     return rates
 
 
@@ -207,8 +194,6 @@ def draw(rates, name):
     for way in next(iter(rates.values())):
         axes.plot(list(rates), [rates[batch][way] for batch in rates], marker="o", label=way)
     axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s", title=name)
-    axes.set_xticks(list(rates), list(rates))
-    axes.minorticks_off()
     axes.legend(fontsize=8)
     return figure
 
@@ -233,13 +218,11 @@ def save(write, path):
 
 
 def main(quick=False, model_name=MODEL, batch_sizes=BATCHES):
-    use_tf32(False)
+    torch.backends.cudnn.allow_tf32 = False  # or eager fp32 would round its numbers
     batches, size = ([1, 2], 32) if quick else (batch_sizes, SIZE)
     model = make_classifier(model_name)
     images = torch.rand(max(batches), 3, size, size, device=DEVICE)
-    print(
-        f"{model_name}, {sum(p.numel() for p in model.parameters()):,} parameters, {size} x {size}"
-    )
+    print(f"{model_name}, images of {size} x {size}")
     try:
         calls, ran, broken = check_ways(WAYS, model, images, batches)
     except Exception as error:  # some want larger images, or know only one size
@@ -261,12 +244,8 @@ def positive_numbers(text):
 if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cli.add_argument("--quick", action="store_true", help="smoke run: tiny images, models/quick/")
-    cli.add_argument(
-        "--model-name", default=MODEL, help=f"a classifier of torchvision, here {MODEL}"
-    )
-    cli.add_argument(
-        "--batch-sizes", type=positive_numbers, default=BATCHES, help=f"here {BATCHES}"
-    )
+    cli.add_argument("--model-name", default=MODEL, help="a classifier of torchvision")
+    cli.add_argument("--batch-sizes", type=positive_numbers, default=BATCHES, help="1,8,16,32")
     try:
         main(**vars(cli.parse_args()))
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ class CNN(nn.Module):
         return self.fc2(x)  # [N, 10], one logit per digit
 
 
-# MEASURE: the right way, as in 02_model_optimization.py.
+# MEASURE: the right way, as in 04_gpu_vs_cpu_benchmark.py.
 def synchronize():
     if DEVICE.type != "cpu":
         torch.accelerator.synchronize()  # a GPU works on after the call has come back

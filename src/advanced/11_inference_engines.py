@@ -101,7 +101,7 @@ WAYS = {  # name: (what makes it, how far it may be from fp32, in parts of the l
 NOT_QUICK = "torch.compile", "ONNX Runtime"  # half a minute each
 
 
-# MEASURE: as in 10_wrong_timings.py and 06_inference_comparison.py.
+# MEASURE: all of this as in 04_gpu_vs_cpu_benchmark.py and 06_inference_comparison.py.
 def synchronize():
     if DEVICE.type != "cpu":
         torch.accelerator.synchronize()  # a GPU works on after the call has come back
@@ -182,22 +182,21 @@ def check_ways(ways, model, images, batches):
                 call = make(copy.deepcopy(model), images)
             # Some compile for each size; CUDA graphs give the same tensor again, so copy it.
             parts = [call(images[:batch]).float().to(DEVICE, copy=True) for batch in batches]
-            synchronize()
-            seconds = time.perf_counter() - start
             gaps = torch.cat([part - expected[: len(part)] for part in parts])
             difference = (gaps.abs().max() / expected.abs().max()).item()  # in every batch
+            seconds = time.perf_counter() - start
             slow = time_block(lambda call=call: call(images), 1) > patience
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            print(f"{way:13} | not run: {reason:.75}")
+            print(f"{way:13} | not run: {type(error).__name__}: {error}".partition("\n")[0][:99])
             continue
         kept = difference <= allowed  # nan is not
         ran, broken = ran + 1, broken + (not kept)
-        waits = f"; over {PATIENCE} times as slow as eager, not timed" if slow else ""
-        verdict = f"{allowed:.3f} {'kept' if kept else 'BROKEN'}{waits}"
-        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {verdict}")
-        if not slow:
+        verdict = f"{allowed:.3f} {'kept' if kept else 'BROKEN'}"
+        if slow:
+            verdict += f"; over {PATIENCE} times as slow as eager, not timed"
+        else:
             calls[way] = call
+        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {verdict}")
     return calls, ran, broken
 
 
@@ -206,17 +205,13 @@ def time_ways(calls, images, shots, **amount):
     """Print a row for each way; return {way: images/s}."""
     runs = {way: lambda call=call: call(images) for way, call in calls.items()}
     times, rates = time_in_turn(runs, **amount), {}
-    print(
-        f"Batch of {len(images):4} | images/s |   p50 ms |   p95 ms | peak MiB | times as fast (95 %)"
-    )
+    print(f"Batch of {len(images):4} | images/s |   p50 ms |   p95 ms | peak MiB | as fast (95 %)")
     for way, call in runs.items():
         middle, late = np.percentile([time_block(call, 1) for _ in range(shots)], [50, 95]) * 1e3
-        ratio, low, high, verdict = compare(times["eager fp32"], times[way])
+        words = "{:.2f} ({:.2f} to {:.2f}): {}".format(*compare(times["eager fp32"], times[way]))
         rates[way] = len(images) / np.median(times[way])
-        print(
-            f"{way:13} | {rates[way]:8,.1f} | {middle:8.2f} | {late:8.2f} | {peak_memory(call):8.1f} | "
-            f"{ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}"
-        )
+        row = f"{way:13} | {rates[way]:8,.1f} | {middle:8.2f} | {late:8.2f} | {peak_memory(call):8.1f}"
+        print(f"{row} | {words}")
     return rates
 
 
@@ -227,7 +222,7 @@ def main(quick=False):
     torch.manual_seed(0)
     model = models.get_model(MODEL, weights=None).eval().to(DEVICE)  # random: nothing to download
     images = torch.rand(max(batches), 3, size, size, device=DEVICE)
-    print(f"{MODEL}, {sum(p.numel() for p in model.parameters()):,} parameters, {size} x {size}")
+    print(f"{MODEL}, images of {size} x {size}")
     ways = {way: WAYS[way] for way in WAYS if not quick or way not in NOT_QUICK}
     calls, ran, broken = check_ways(ways, model, images, batches)
     options = {"seconds": 0.02, "rounds": 5, "shots": 5} if quick else {"shots": SHOTS}

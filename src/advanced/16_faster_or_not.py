@@ -63,12 +63,23 @@ def load(model, path, command):
 
 
 # FORMS: what 02_model_optimization.py has shipped is loaded, the rest made here; each returns a call.
-def run_channels_last(model, folder):
-    model = model.to(memory_format=torch.channels_last)
-    return lambda x: model(x.to(memory_format=torch.channels_last))
+def make_channels_last(model, path):
+    return model.to(memory_format=torch.channels_last)
 
 
-def run_aot_inductor(model, folder):
+def make_bf16(model, path):
+    return torch.autocast(DEVICE.type, torch.bfloat16)(lambda x: model(x))
+
+
+def make_compiled(model, path):
+    return torch.compile(model, dynamic=True)
+
+
+def load_torchscript(model, path):
+    return torch.jit.load(path, map_location=DEVICE)
+
+
+def make_aot_inductor(model, path):
     batch, images = torch.export.Dim("batch", min=1, max=4096), torch.rand(2, 1, 28, 28)
     program = torch.export.export(model, (images.to(DEVICE),), dynamic_shapes=({0: batch},))
     with tempfile.TemporaryDirectory() as package:
@@ -76,7 +87,7 @@ def run_aot_inductor(model, folder):
         return torch._inductor.aoti_load_package(path)
 
 
-def open_session(model, folder):
+def load_onnx(model, path):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -85,41 +96,31 @@ def open_session(model, folder):
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = f"{DEVICE.type.upper()}ExecutionProvider"
     here = wanted if wanted in onnxruntime.get_available_providers() else "CPUExecutionProvider"
-    session = onnxruntime.InferenceSession(folder / "mnist_cnn.onnx", options, providers=[here])
+    session = onnxruntime.InferenceSession(path, options, providers=[here])
     return lambda x: torch.from_numpy(session.run(None, {"x": x.cpu().numpy()})[0])
 
 
-def load_int8(model, folder):
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
-    return load(
-        model, folder / "mnist_cnn_int8.pth", "uv run src/advanced/02_model_optimization.py"
-    )
-
-
-def load_script(model, folder):
-    return torch.jit.load(folder / "mnist_cnn_scripted.pt", map_location=DEVICE)
-
-
-def quantize_old(model, folder):
+def make_torch_ao(model, path):
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-def bf16_forward(model, folder):
-    return torch.autocast(DEVICE.type, torch.bfloat16)(lambda x: model(x))
+def load_torchao(model, path):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
+    return load(model, path, "uv run src/advanced/02_model_optimization.py")
 
 
-FORMS = {  # name: (what makes it, how far a logit may be from the plain network's, its file)
-    "eager": (lambda model, folder: model, 1e-3, None),
-    "channels_last": (run_channels_last, 1e-3, None),
-    "bf16 autocast": (bf16_forward, 0.5, None),
-    "torch.compile": (lambda model, folder: torch.compile(model, dynamic=True), 1e-3, None),
-    "TorchScript": (load_script, 1e-3, "mnist_cnn_scripted.pt"),
-    "AOTInductor": (run_aot_inductor, 1e-3, None),
-    "ONNX Runtime": (open_session, 1e-3, "mnist_cnn.onnx"),
-    "int8 torch.ao": (quantize_old, 1.0, None),
-    "int8 torchao": (load_int8, 1.0, "mnist_cnn_int8.pth"),
+FORMS = {  # name: (what makes it, its file in models/, how far a logit may be from the plain one's)
+    "eager": (lambda model, path: model, None, 1e-3),
+    "channels_last": (make_channels_last, None, 1e-3),
+    "bf16 autocast": (make_bf16, None, 0.5),
+    "torch.compile": (make_compiled, None, 1e-3),
+    "TorchScript": (load_torchscript, "mnist_cnn_scripted.pt", 1e-3),
+    "AOTInductor": (make_aot_inductor, None, 1e-3),
+    "ONNX Runtime": (load_onnx, "mnist_cnn.onnx", 1e-3),
+    "int8 torch.ao": (make_torch_ao, None, 1.0),
+    "int8 torchao": (load_torchao, "mnist_cnn_int8.pth", 1.0),
 }
 NOT_QUICK = "torch.compile", "AOTInductor"  # each keeps a C++ compiler busy for half a minute
 
@@ -128,15 +129,16 @@ NOT_QUICK = "torch.compile", "AOTInductor"  # each keeps a C++ compiler busy for
 def make_forms(model, folder, images, quick):
     """Print which forms run and whether they still answer alike; return {form: call}, how many do not."""
     calls, broken, expected = {}, 0, model(images)
-    for name, (make, allowed, file) in FORMS.items():
+    for name, (make, file, allowed) in FORMS.items():
+        path = folder / file if file else None
         try:
             if quick and name in NOT_QUICK:
                 raise RuntimeError("--quick leaves its compiler out")
-            if file and not (folder / file).exists():
+            if path and not path.exists():
                 raise RuntimeError(f"{file} is missing; 02_model_optimization.py makes it")
             with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
                 warnings.simplefilter("ignore")  # what is deprecated, 02 says
-                call = make(copy.deepcopy(model), folder)
+                call = make(copy.deepcopy(model), path)
             call(images[:1])  # some compile for this size too
             difference = (call(images).float().to(DEVICE) - expected).abs().max().item()
         except Exception as error:
@@ -149,7 +151,7 @@ def make_forms(model, folder, images, quick):
     return calls, broken
 
 
-# MEASURE: as in 10_wrong_timings.py.
+# MEASURE: as in 04_gpu_vs_cpu_benchmark.py.
 def synchronize():
     if DEVICE.type != "cpu":
         torch.accelerator.synchronize()  # a GPU works on after the call has come back

@@ -88,7 +88,7 @@ def with_threads(threads, work):
     return call
 
 
-# MEASURE: as in 02_model_optimization.py.
+# MEASURE: as in 04_gpu_vs_cpu_benchmark.py.
 def synchronize():
     if DEVICE.type != "cpu":
         torch.accelerator.synchronize()  # a GPU works on after the call has come back
