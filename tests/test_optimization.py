@@ -241,6 +241,18 @@ def test_what_is_shipped_gives_the_same_answers(forms, network, tmp_path):
     assert len(content) < 0.35 * len(forms.pack(model))
 
 
+def test_a_broken_form_is_not_shipped(forms, network, tmp_path, capsys):
+    forms.ROOT, folder = tmp_path, tmp_path / "models" / "quick"
+    folder.mkdir(parents=True)
+    torch.save(network[0].state_dict(), folder / "mnist_cnn.pth")
+    (folder / "mnist_cnn_int8.pth").write_bytes(b"the good one")
+    spoilt = (lambda model, images: (lambda x: model(x) + 9, b"bad"), 1.0, "mnist_cnn_int8.pth")
+    forms.FORMS = {"eager": forms.FORMS["eager"], "int8 torchao": spoilt}
+    forms.main(quick=True)
+    assert "forms = 2, outside_tolerance = 1" in capsys.readouterr().out
+    assert (folder / "mnist_cnn_int8.pth").read_bytes() == b"the good one"
+
+
 def test_without_a_trained_network_the_lesson_names_the_command(forms, tmp_path):
     forms.ROOT = tmp_path
     with pytest.raises(
