@@ -76,7 +76,8 @@ def served(lesson, model=ROOT / "models" / "gpt2_mini"):
         yield dict(os.environ)
         return
     command = [sys.executable, ROOT / "tests" / "ollama_stand_in.py", "--model", model]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    quiet = {**os.environ, "TQDM_DISABLE": "1"}  # its bars would stand between the lessons' lines
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as server:
         try:
             yield {**os.environ, "OLLAMA_HOST": server.stdout.readline().strip()}
         finally:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import run_course
 import torch
 from conftest import ROOT, load_lesson
 from hypothesis import given, settings
@@ -636,6 +637,15 @@ def read_back(path):
     reader = Gpt2(path)
     reader.load()
     return reader.model, reader.tokenizer
+
+
+def test_the_stand_in_writes_nothing_between_the_lines_of_the_course(written, capfd, monkeypatch):
+    monkeypatch.setattr(run_course, "needs_stand_in", lambda lesson: True)
+    with run_course.served("any lesson", written[2]) as environment:
+        body = {"model": "tinyllama", "prompt": "x", "options": {"num_predict": 2}, "stream": False}
+        url = f"{environment['OLLAMA_HOST']}/api/generate"
+        assert requests.post(url, json=body, timeout=60).json()["done"]
+    assert capfd.readouterr().err == ""
 
 
 def test_merging_changes_the_model_as_the_adapter_does(project, written):
