@@ -639,9 +639,9 @@ def read_back(path):
     return reader.model, reader.tokenizer
 
 
-def test_the_stand_in_writes_nothing_between_the_lines_of_the_course(written, capfd, monkeypatch):
+def test_the_stand_in_writes_nothing_between_the_lines_of_the_course(project, capfd, monkeypatch):
     monkeypatch.setattr(run_course, "needs_stand_in", lambda lesson: True)
-    with run_course.served("any lesson", written[2]) as environment:
+    with run_course.served("any lesson", project / "models" / "gpt2_mini") as environment:
         body = {"model": "tinyllama", "prompt": "x", "options": {"num_predict": 2}, "stream": False}
         url = f"{environment['OLLAMA_HOST']}/api/generate"
         with requests.Session() as session:
