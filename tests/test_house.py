@@ -242,6 +242,27 @@ def test_a_lie_is_found(copy, mutation):
     assert any(complaint in untruth for untruth in untruths), untruths
 
 
+def test_a_gpus_record_takes_the_place_of_the_cpus(copy):
+    name, machine = "advanced/17_where_a_gpu_pays", "Some CPU, 8 cores, NVIDIA L4"
+    record = records.read_records(copy)[-1]
+    _, output = records.read_capture(name, copy)
+    entry = record["lessons"][name] | {"driver": "550.0"}
+    entry["result"] = entry["result"].replace("= none", "= 81.20 to 90.10")
+    output = output.replace("gpu_at_512 = none", "gpu_at_512 = 81.20 to 90.10")
+    record = {"machine": machine, "lessons": {name: entry}, "seeds": {}, "predictions": {}}
+    records.write_record(record, copy)
+    capture = f"{records.first_line(machine, entry)}\n{output}"
+    records.capture_path(name, machine, copy).write_text(capture, encoding="utf-8")
+    assert any("README.md" in untruth for untruth in records.find_untruths(copy))
+    for file in records.DOCUMENTS:
+        text = (copy / file).read_text(encoding="utf-8")
+        (copy / file).write_text(records.render(text, copy), encoding="utf-8")
+    assert [u for u in records.find_untruths(copy) if records.PICTURE not in u] == []
+    readme = (copy / "README.md").read_text(encoding="utf-8")
+    assert f"<sub>Recorded {entry['date']}, {machine}, driver 550.0" in readme
+    assert f"`{name}` | 86 x | 81.20 to 90.10 | one run | within the interval |" in readme
+
+
 @pytest.mark.parametrize(
     ("expect", "output", "broken"),
     [
