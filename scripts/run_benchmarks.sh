@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the benchmark lessons and collect their tables and pictures under models/benchmarks/.
-# With a GPU they get the reference project's arguments; a CPU would need hours for those.
+# With a GPU they get the notes' arguments; a CPU would need hours for those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -16,10 +16,12 @@ For those who write the course; each takes --only, as run does:
 import argparse
 import ast
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -90,12 +92,12 @@ def needs_stand_in(lesson):
     return "running Ollama" in read_card(lesson)["Needs"] and not here
 
 
-def run_lesson(lesson, quick=False, script=None, threads=None):
+def run_lesson(lesson, quick=False, script=None, threads=None, flags=()):
     """Run a lesson, or its changed copy `script`; return a dictionary of what came of it:
 
     code, output, errors, seconds, and peak_memory: the MB of its largest process.
     """
-    command = [sys.executable, script or lesson, *(["--quick"] if quick else [])]
+    command = [sys.executable, script or lesson, *(["--quick"] if quick else []), *flags]
     model = ROOT / "models" / ("quick" if quick else "") / "gpt2_mini"
     with (
         served(lesson, model) as environment,
@@ -160,6 +162,26 @@ def place(file, quick):
     return ROOT / (file.replace("models/", "models/quick/", 1) if quick else file)
 
 
+def is_made(path):
+    """Say whether a file is there; a folder of a model may be there and have no model in it yet."""
+    return any(path.glob("*config.json")) if path.is_dir() else path.exists()
+
+
+def data_of(lesson):
+    """Return the folder of the data set on which a lesson gives its promise, or None."""
+    name = re.search(r"\bdata = (\w+)", read_card(lesson)["Expect"])
+    return name and ROOT / "data" / name[1]
+
+
+def data_came(lesson, since, broken=()):
+    """Say whether a lesson that ran on a stand-in, at the time `since`, has its real data now."""
+    data = data_of(lesson)
+    images = data and data / "raw" / "train-images-idx3-ubyte"
+    if not images or not images.exists():
+        return False
+    return images.stat().st_mtime > since or any("data = " in promise for promise in broken)
+
+
 def inputs_of(lesson):
     """Return the files that a lesson reads; the stand-in for Ollama needs a model to answer from."""
     needs = files_in(read_card(lesson)["Needs"])
@@ -177,27 +199,28 @@ def hash_files(path):
 def state_of(lesson, quick=False):
     """Return done, missing or stale, and why; a lesson run by hand is judged by its files' dates."""
     makes = [place(file, quick) for file in files_in(read_card(lesson)["Makes"])]
-    missing = [path for path in makes if not path.exists()]
+    missing = [path for path in makes if not is_made(path)]
     if missing:
         return "missing", ", ".join(path.relative_to(ROOT).as_posix() for path in missing)
     note = read_notes(quick).get(name_of(lesson))
     made = min((path.stat().st_mtime for path in makes), default=0)
     if not note or made > note["time"] + 1:  # made by hand since
         if not makes:
-            return "missing", "not run yet"
+            return "missing", "not run by `run` yet"
         inputs = [place(file, quick) for file in inputs_of(lesson)]
         newer = [
             path for path in [lesson, *inputs] if path.exists() and path.stat().st_mtime > made
         ]
         if newer:
             return "stale", f"{newer[0].relative_to(ROOT).as_posix()} is newer"
-        return "done", ""
+        return ("stale", "its data are newer") if data_came(lesson, made) else ("done", "")
     if note["code"] != hash_code(lesson):
         return "stale", "its code has changed"
     for file, digits in note["inputs"].items():
         if hash_files(place(file, quick)) != digits:
             return "stale", f"{file} has changed"
-    return "done", ""
+    newer = data_came(lesson, note["time"], note.get("broken", []))
+    return ("stale", "its data are newer") if newer else ("done", "")
 
 
 def show_list(lessons, quick):
@@ -327,8 +350,14 @@ def run_course(lessons, quick=False, keep_going=False, verbose=False):
         if run["code"]:
             wrong.append(f"{name_of(lesson)} failed: {last_line(run['errors'])}")
             continue
-        for promise in notes.get(name_of(lesson), {}).get("broken", []):
-            wrong.append(f"{name_of(lesson)}: {promise}")
+        broken = notes.get(name_of(lesson), {}).get("broken", [])
+        if any("data = " in promise for promise in broken) and not data_of(lesson).exists():
+            wrong.append(
+                f"{name_of(lesson)}: it ran on stand-in digits, which cannot keep its promise; "
+                f"data/README.md says how to get {data_of(lesson).name}"
+            )
+            continue
+        wrong += [f"{name_of(lesson)}: {promise}" for promise in broken]
     return wrong
 
 
@@ -391,14 +420,15 @@ lesson.main()
 """
 
 
-def link_inputs(lesson, folder):
+def link_inputs(lesson, folder, quick=False):
     """Give a folder what a lesson reads, so that it can run there and leaves models/ alone."""
     (ROOT / "data").mkdir(exist_ok=True)
-    for file in ["data", *files_in(read_card(lesson)["Needs"])]:
-        link = folder / file
+    needs = [place(file, quick) for file in files_in(read_card(lesson)["Needs"])]
+    for path in [ROOT / "data", *needs]:
+        link = folder / path.relative_to(ROOT)
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
-            link.symlink_to(ROOT / file)
+            link.symlink_to(path)
 
 
 def record_seeds(lessons):
@@ -431,21 +461,21 @@ def set_constant(text, name, value):
     return "".join(lines)
 
 
-def make_copy(lesson, edits, folder):
+def make_copy(lesson, edits, folder, quick=False):
     """Copy a lesson, with its constants edited, into a folder of its own; return the copy's path.
 
     Its ROOT is that folder, with links to what it needs, so no try replaces a trained model.
     """
-    link_inputs(lesson, folder)
+    link_inputs(lesson, folder, quick)
     copy = folder / lesson.relative_to(ROOT)
     text = lesson.read_text(encoding="utf-8")
     for edit in edits:
         name, sign, value = edit.partition("=")
         try:
-            ast.parse(value, mode="eval")
+            words = [node.id for node in ast.walk(ast.parse(value)) if isinstance(node, ast.Name)]
         except SyntaxError:
             sign = ""
-        if not sign:
+        if not sign or any(not re.search(rf"\b{word}\b", text) for word in words):
             sys.exit(f"--set wants NAME=VALUE, such as EPOCHS=1, not {edit}")
         text = set_constant(text, name, value)
     if edits or not copy.exists():
@@ -454,26 +484,30 @@ def make_copy(lesson, edits, folder):
     return copy
 
 
-def try_lesson(lesson, edits, quick):
-    missing = [file for file in files_in(read_card(lesson)["Needs"]) if not (ROOT / file).exists()]
-    if missing:
-        maker = makers_and_users()[missing[0]][0]
-        sys.exit(f"{missing[0]} is missing. Make it with: {read_card(maker)['Run']}")
+def try_lesson(lesson, edits, quick, flags):
+    needs = files_in(read_card(lesson)["Needs"])
+    if missing := [file for file in needs if not is_made(place(file, quick))]:
+        maker, flag = makers_and_users()[missing[0]][0], " --quick" * quick
+        path = place(missing[0], quick).relative_to(ROOT)
+        sys.exit(f"{path} is missing. Make it with: {read_card(maker)['Run']}{flag}")
     scratch = f"{lesson.stem}_set" if edits else lesson.stem  # what you edit by hand stays yours
-    copy = make_copy(lesson, edits, ROOT / "models" / "scratch" / scratch)
+    copy = make_copy(lesson, edits, ROOT / "models" / "scratch" / scratch, quick)
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     shown = copy.relative_to(ROOT)
-    if not edits and editor and sys.stdin.isatty():
+    if not edits and not flags and editor and sys.stdin.isatty():
         subprocess.run([*shlex.split(editor), copy], check=False)
-    if copy.read_bytes() == lesson.read_bytes():
+    if copy.read_bytes() == lesson.read_bytes() and not flags:
         print(f"Your copy is {shown}, and nothing in it has changed yet.")
-        print("Edit it and run this command again, or add --set NAME=VALUE.")
+        print(
+            "Edit it and run this command again, or add --set NAME=VALUE, or -- and a flag of its."
+        )
         return
     print(f"Running {shown}")
-    run = run_lesson(lesson, quick, copy)
+    run = run_lesson(lesson, quick, copy, flags=flags)
     print(run["output"] + run["errors"])
     if run["code"]:
-        sys.exit(f"Your copy ended with exit code {run['code']}; delete {shown} to begin anew.")
+        again = "" if edits else f"; delete {shown} to begin anew"
+        sys.exit(f"Your copy ended with exit code {run['code']}{again}.")
     _, output = read_capture(name_of(lesson))
     before, after = read_result(output), read_result(run["output"])
     for name in dict.fromkeys([*before, *after]):
@@ -514,11 +548,24 @@ def write_documents():
         draw_course().savefig(ROOT / PICTURE, metadata=about)
 
 
+def shorten(part):
+    """Return how a lesson's name begins in this course, of any path that leads to it."""
+    return re.sub(r"^(.*/)?src/", "", part).removesuffix(".py")
+
+
 def choose(lessons, only, start=None):
     """Return the lessons whose path contains one of `only`, from the one that contains `start`."""
-    for part in [*(only or []), *([start] if start else [])]:
-        if not any(part in name_of(lesson) for lesson in lessons):
-            sys.exit(f"No lesson is called {part}. All of them: uv run scripts/run_course.py list")
+    only, start = [shorten(part) for part in only or []], shorten(start or "")
+    names = [name_of(lesson) for lesson in lessons]
+    for part in [*only, start]:
+        if not any(part in name for name in names):
+            close = difflib.get_close_matches(
+                part, [*names, *(name.split("/")[1] for name in names)]
+            )
+            guess = f" Did you mean {close[0]}?" if close else ""
+            sys.exit(
+                f"No lesson is called {part}.{guess} All of them: uv run scripts/run_course.py list"
+            )
     if start:
         first = next(i for i, lesson in enumerate(lessons) if start in name_of(lesson))
         lessons = lessons[first:]
@@ -546,7 +593,14 @@ def read_command():
         if task == "try":
             one.add_argument("lesson", help="a part of a lesson's path, such as 06_training")
             one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    return cli.parse_args()
+            one.epilog = "What stands behind -- are flags of the lesson's own."
+    words = [*sys.argv[1:], "--"]
+    dashes = words.index("--")
+    command = cli.parse_args(words[:dashes])
+    command.flags = words[dashes + 1 : -1]
+    if command.flags and command.task != "try":
+        cli.error("only try hands on the flags behind --")
+    return command
 
 
 def main():
@@ -555,7 +609,7 @@ def main():
         chosen = choose(lessons, [command.lesson])
         if len(chosen) > 1:
             sys.exit(f"Which one: {', '.join(name_of(lesson) for lesson in chosen)}?")
-        try_lesson(chosen[0], command.set, command.quick)
+        try_lesson(chosen[0], command.set, command.quick, command.flags)
         return
     if command.task == "readme":
         write_documents()
@@ -579,5 +633,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on where this one was.")
+    except BrokenPipeError:  # whoever read on, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -144,6 +144,60 @@ def test_a_lesson_run_by_hand_counts(small):
     assert states(small)[0] == "stale"
 
 
+def test_a_folder_without_a_model_is_not_made_yet(small):
+    lesson, folder = small / "src" / "basics" / "01_make.py", small / "models" / "a_model"
+    change(lesson, "Makes:  models/a.txt", "Makes:  models/a_model/")
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pth").write_bytes(b"so far")  # as an interrupted training leaves it
+    assert "missing  uv run src/basics/01_make.py" in command(small, "list").stdout
+    (folder / "config.json").write_text("{}")
+    os.utime(lesson, (1, 1))
+    assert "done     uv run src/basics/01_make.py" in command(small, "list").stdout
+
+
+def test_a_run_on_the_stand_in_is_made_up_for_when_the_data_come(small):
+    lesson = small / "src" / "llm" / "01_last.py"
+    change(lesson, "Expect: number <= 9", "Expect: number <= 9, data = MNIST")
+    change(lesson, "number = {number}", "number = {number}, data = digits")
+    run = command(small, "run", "--only", "01_last")
+    assert run.returncode == 1
+    assert "llm/01_last: it ran on stand-in digits" in run.stderr
+    assert "data/README.md says how to get MNIST" in run.stderr
+    assert states(small)[2] == "done", "nothing better can be had yet"
+    images = small / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    images.parent.mkdir(parents=True)
+    images.write_bytes(b"")
+    os.utime(images, (1, 1))  # unpacked with the date that it had in its archive
+    assert states(small)[2] == "stale"
+    change(lesson, "data = digits", "data = MNIST")
+    assert command(small, "run", "--only", "01_last").returncode == 0
+    assert states(small)[2] == "done"
+    os.utime(images, (time.time() + 9, time.time() + 9))
+    assert "its data are newer" in command(small, "list").stdout
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["src/llm/01_last.py", "llm/01_last.py", "./src/llm/01_last", "/home/me/src/llm/01_last"],
+)
+def test_a_lesson_may_be_named_by_its_path(small, path):
+    assert "1 to run\nllm/01_last" in command(small, "run", "--only", path).stdout
+
+
+def test_whoever_reads_only_the_first_lines_sees_no_traceback(small):
+    reader, writer = os.pipe()
+    os.close(reader)
+    listed = subprocess.run(
+        [sys.executable, "-u", small / "scripts" / "run_course.py", "list"],
+        check=False,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert listed.stderr == ""
+
+
 def test_a_quick_course_keeps_to_its_own_folder(small):
     run = command(small, "run", "--quick")
     assert run.returncode == 0, run.stderr
@@ -217,6 +271,9 @@ def test_damaged_notes_cost_a_run_and_no_traceback(small, content):
         (["try", "01_last", "--set", "SIZE=1"], 1, "sets no SIZE. It sets ROOT, NUMBER, PAUSE."),
         (["try", "01_last", "--set", "NUMBER"], 1, "--set wants NAME=VALUE"),
         (["try", "01_last", "--set", "NUMBER=1+"], 1, "--set wants NAME=VALUE"),
+        (["try", "01_last", "--set", "NUMBER=abc"], 1, "--set wants NAME=VALUE"),
+        (["try", "01_lost"], 1, "Did you mean 01_last?"),
+        (["run", "--", "--flag"], 2, "only try hands on the flags"),
         (["walk"], 2, "invalid choice"),
         (["run", "--quik"], 2, "--quik"),
         ([], 2, "required"),
@@ -247,6 +304,31 @@ def test_a_try_says_what_has_changed_and_replaces_nothing(small):
     assert (small / "models" / "scratch" / "01_make_set" / "models" / "a.txt").read_text() == "5"
     assert "NUMBER = 5" not in (small / "src" / "basics" / "01_make.py").read_text()
     assert states(small)[0] == "done"
+
+
+def test_a_quick_try_reads_what_quick_runs_have_made(small):
+    keep_capture(small, "basics/02_use")
+    tried = command(small, "try", "02_use", "--set", "PAUSE=0", "--quick")
+    assert tried.returncode == 1
+    assert "models/quick/a.txt is missing. Make it with: uv run src/basics/01_make.py --quick" in (
+        tried.stderr
+    )
+    command(small, "run", "--quick", "--only", "01_make")
+    tried = command(small, "try", "02_use", "--set", "PAUSE=0", "--quick")
+    assert tried.returncode == 0, tried.stderr
+    assert "yours            1.0" in tried.stdout
+
+
+def test_a_try_hands_on_a_flag_and_replaces_nothing(small):
+    keep_capture(small, "basics/01_make")
+    tried = command(small, "try", "01_make", "--", "--quick")
+    assert tried.returncode == 0, tried.stderr
+    scratch = small / "models" / "scratch" / "01_make" / "models"
+    assert (scratch / "quick" / "a.txt").read_text() == "1"
+    assert not (small / "models" / "quick").exists()
+    unknown = command(small, "try", "01_make", "--set", "NUMBER=2", "--", "--unknown")
+    assert unknown.returncode == 1
+    assert "Your copy ended with exit code 2." in unknown.stderr
 
 
 def test_a_try_by_hand_waits_for_a_change(small):

@@ -1,5 +1,6 @@
 """The benchmark method on simulated clocks, and the lessons that optimise, compare and time networks."""
 
+import argparse
 import io
 import math
 import os
@@ -253,6 +254,12 @@ def test_a_broken_form_is_not_shipped(forms, network, tmp_path, capsys):
     assert (folder / "mnist_cnn_int8.pth").read_bytes() == b"the good one"
 
 
+def test_stand_in_digits_that_the_network_has_learned_do_not_test_it(forms, tmp_path):
+    forms.ROOT = tmp_path
+    images, labels, source = forms.load_test_images()
+    assert (len(images), len(labels), source) == (360, 360, "scikit-learn digits")
+
+
 def test_without_a_trained_network_the_lesson_names_the_command(forms, tmp_path):
     forms.ROOT = tmp_path
     with pytest.raises(
@@ -387,6 +394,13 @@ def test_the_flags_of_the_notes_choose_the_largest_matrix_and_the_repeats(produc
     assert asked == {"sizes": [64, 256, 300], "seconds": 2.0, "rounds": 7}
 
 
+@pytest.mark.parametrize("text", ["", "4", "-8", "8.5", "many"])
+def test_a_bad_size_is_refused_with_what_is_wanted(products, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="a whole number of 5 or more"):
+        products.count(text)
+    assert products.count("5") == 5
+
+
 def test_both_sides_do_the_same_work(sides):
     cpu = torch.device("cpu")
     for work in (sides.inference, sides.training):
@@ -487,7 +501,7 @@ def test_images_of_a_wrong_size_end_in_a_sentence(ways, small, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "0", "-8", "1,a", "1;8"])
 def test_bad_batch_sizes_are_refused(ways, text):
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError, match="whole numbers, such as"):
         ways.positive_numbers(text)
     assert ways.positive_numbers("8,1,8") == [1, 8]
 

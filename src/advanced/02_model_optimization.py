@@ -51,10 +51,10 @@ def load_test_images():
         print("MNIST is not in data/: scikit-learn's digits stand in")
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits = load_digits()  # 02_cnn.py trains on the first 1437
     images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32)  # [N, 1, 8, 8]
     images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
-    return images, torch.tensor(digits.target), "scikit-learn digits"
+    return images[1437:], torch.tensor(digits.target[1437:]), "scikit-learn digits"
 
 
 # LOAD: the network of intermediate/02_cnn.py; load as in intermediate/01_save_load.py.
@@ -164,7 +164,7 @@ FORMS = {  # name: (what makes it, how far a logit may be from the plain network
     "int8 torch.ao": (int8_torch_ao, 1.0, None),
     "int8 torchao": (int8_torchao, 1.0, "mnist_cnn_int8.pth"),
 }
-NOT_QUICK = "torch.compile", "AOTInductor"  # each keeps a C++ compiler busy for half a minute
+NOT_QUICK = "torch.compile", "AOTInductor"  # a C++ compiler takes longer than all the rest
 
 
 # CHECK: the same test images for every form, and the reason where this machine cannot run one.

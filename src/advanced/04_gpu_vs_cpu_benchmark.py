@@ -105,7 +105,7 @@ def compare(base, other):
     base, other = np.array(base), np.array(other)
     picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return np.median(base) / np.median(other), low, high, verdict
 
@@ -121,7 +121,8 @@ def compare_products(sides, sizes, **options):
     The difference is that between the sides, in parts of a product's number. A CPU beside a GPU is not
     asked for more than CPU_MATRIX: that would take it minutes.
     """
-    print("Rows x columns | GFLOP/s (middle half) | times as fast (95 %)")
+    first, second = sides
+    print(f"Rows x columns | GFLOP/s (middle half) | {second}: times as fast as {first} (95 %)")
     rows, differences = {}, []
     for size in sizes:
         works = {
@@ -190,8 +191,8 @@ def main(quick=False, matrix_size=None, iterations=None):
 
 
 def count(text):
-    if int(text) < 5:  # argparse makes one sentence of it
-        raise ValueError
+    if not text.isdecimal() or int(text) < 5:
+        raise argparse.ArgumentTypeError(f"it takes a whole number of 5 or more, not {text}")
     return int(text)
 
 

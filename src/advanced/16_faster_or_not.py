@@ -122,7 +122,7 @@ FORMS = {  # name: (what makes it, its file in models/, how far a logit may be f
     "int8 torch.ao": (make_torch_ao, None, 1.0),
     "int8 torchao": (load_torchao, "mnist_cnn_int8.pth", 1.0),
 }
-NOT_QUICK = "torch.compile", "AOTInductor"  # each keeps a C++ compiler busy for half a minute
+NOT_QUICK = "torch.compile", "AOTInductor"  # a C++ compiler takes longer than all the rest
 
 
 @torch.inference_mode()
@@ -136,6 +136,7 @@ def make_forms(model, folder, images, quick):
                 raise RuntimeError("--quick leaves its compiler out")
             if path and not path.exists():
                 raise RuntimeError(f"{file} is missing; 02_model_optimization.py makes it")
+            # Compilers and quantisers want ordinary tensors, none of inference_mode's.
             with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
                 warnings.simplefilter("ignore")  # what is deprecated, 02 says
                 call = make(copy.deepcopy(model), path)
@@ -191,7 +192,7 @@ def compare(base, other):
     base, other = np.array(base), np.array(other)
     picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return np.median(base) / np.median(other), low, high, verdict
 
@@ -201,12 +202,12 @@ def measure(calls, images, **amount):
     """Print how long each form takes; return {form: how it compares with eager, in words}."""
     runs = {name: lambda call=call: call(images) for name, call in calls.items()}
     times, words = time_in_turn(runs, **amount), {}
-    print(f"Batch of {len(images):4} | ms (middle half)           | times as fast as eager (95 %)")
+    print(f"Batch of {len(images):4} | ms (middle half)            | times as fast as eager (95 %)")
     for name, own in times.items():
         low, middle, high = np.percentile(own, [25, 50, 75]) * 1e3
         ratio, least, most, verdict = compare(times["eager"], own)
         words[name] = f"{ratio:.2f} ({least:.2f} to {most:.2f}): {verdict}"
-        print(f"{name:13} | {f'{middle:.3f} ({low:.3f} to {high:.3f})':26} | {words[name]}")
+        print(f"{name:13} | {f'{middle:.3f} ({low:.3f} to {high:.3f})':27} | {words[name]}")
     return words
 
 

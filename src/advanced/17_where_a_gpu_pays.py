@@ -128,7 +128,7 @@ def compare(base, other):
     base, other = np.array(base), np.array(other)
     picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return np.median(base) / np.median(other), low, high, verdict
 
@@ -141,7 +141,7 @@ def in_words(rates):
 def compare_batches(title, work, sides, batches, amount):
     """Print a row for each batch; return {batch: (images/s by side, words)}, the largest difference."""
     first, second = sides
-    print(f"{title}, images/s (middle half) by {first} | by {second} | times as fast (95 %)")
+    print(f"{title}, images/s (middle half) by {first} | by {second} | times as fast as {first}")
     rows, differences, pays = {}, [], "not faster to the end"
     for batch in batches:
         works = {side: with_threads(n, work(device, batch)) for side, (device, n) in sides.items()}

@@ -247,4 +247,4 @@ if __name__ == "__main__":
     try:
         main(**vars(cli.parse_args()))
     except (KeyboardInterrupt, OSError, RuntimeError) as error:
-        sys.exit(f"Stopped ({error!r}); the same command goes on from the last checkpoint.")
+        sys.exit(f"Stopped ({error!r}). Every 100 steps are kept; the same command goes on there.")

@@ -68,7 +68,7 @@ def load_pretrained(name, fallback):
                 folder = snapshot_download(name, local_files_only=True, **files)
         except Exception as error:
             reason = [*str(error).splitlines(), ""][0] if online else "the Hub cannot be reached"
-            if online or name != MODEL or not fallback.is_dir():
+            if online or name != MODEL or not (fallback / "config.json").exists():
                 sys.exit(f"Cannot load {name}: {reason}. Make a model of your own: {make}")
             print(f"Cannot load {name}: {reason}. Going on with a model of our own.")
             folder = fallback
@@ -77,8 +77,8 @@ def load_pretrained(name, fallback):
         tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safe)
     except Exception as error:
-        reason = [*str(error).splitlines(), ""][0]
-        sys.exit(f"Cannot read the model in {folder}: {reason} Make one of your own: {make}")
+        reason = f"it is incomplete or damaged ({type(error).__name__})"
+        sys.exit(f"Cannot read the model in {folder}: {reason}. Make one of your own: {make}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none of its own
     return model.to(DEVICE).eval(), tokenizer, Path(folder)
 

@@ -1,4 +1,4 @@
-"""Fine-tune with LoRA: teach a language model to answer, by training less than one per cent of it.
+"""Fine-tune with LoRA: teach a language model to answer, by training about one per cent of it.
 
 Run:    uv run src/llm/07_finetune_lora.py
 Needs:  models/gpt2_mini/
@@ -65,8 +65,8 @@ def load_base(models):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     except Exception as error:
-        reason, flag = [*str(error).splitlines(), ""][0], " --quick" * (models.name == "quick")
-        sys.exit(f"Cannot read {folder}: {reason} Type: uv run src/llm/05_pretrain_gpt2.py{flag}")
+        command = f"uv run src/llm/05_pretrain_gpt2.py{' --quick' * (models.name == 'quick')}"
+        sys.exit(f"{folder} is missing or damaged ({type(error).__name__}). Type: {command}")
     tokenizer.pad_token = tokenizer.eos_token  # GPT-2 has no token for padding
     tokenizer.model_max_length = model.config.max_position_embeddings
     return model.to(DEVICE).eval(), tokenizer, folder
