@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ OFFLINE = {  # a proxy that nobody answers: a download fails at once, on every m
 
 def pytest_configure(config):
     os.environ.update(OFFLINE)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as behind "&": tests press Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // workers))
 

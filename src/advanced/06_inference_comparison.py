@@ -219,7 +219,7 @@ def save(write, path):
 
 def main(quick=False, model_name=MODEL, batch_sizes=BATCHES):
     torch.backends.cudnn.allow_tf32 = False  # or eager fp32 would round its numbers
-    batches, size = ([2], 32) if quick else (batch_sizes, SIZE)
+    batches, size = ([1, 2], 32) if quick else (batch_sizes, SIZE)
     model = make_classifier(model_name)
     images = torch.rand(max(batches), 3, size, size, device=DEVICE)
     print(f"{model_name}, images of {size} x {size}")
