@@ -62,7 +62,7 @@ MASKS = {  # what may differ between two runs of a lesson
 }
 
 
-OTHER_TORCH = {r"grad_fn=<\w+>": "grad_fn=<NAME>"}  # what may differ besides between its versions
+OTHER_TORCH = {r"\w+Backward\d": "BACKWARD"}  # what may differ besides between its versions
 
 
 def masked(output, masks=MASKS):
