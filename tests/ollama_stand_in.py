@@ -44,6 +44,9 @@ class Echo:
         yield from re.findall(r"\s*\S+", f"You said: {prompt}")[: length if length >= 0 else None]
 
 
+IMPORTING = threading.Lock()  # two threads that import transformers at once get in each other's way
+
+
 class Gpt2:
     """GPT-2 from a Hugging Face folder, or from a GGUF file as transformers reads it."""
 
@@ -55,8 +58,9 @@ class Gpt2:
         self.size = sum(file.stat().st_size for file in files)
 
     def load(self):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+        with IMPORTING:
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
         with self.lock:
             if self.model is not None:
@@ -575,7 +579,8 @@ MID_STREAM = {  # after three parts of a stream
 
 def import_early():
     """Import, while the first client gets ready, what its first request will need."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    with IMPORTING:
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 def main():
