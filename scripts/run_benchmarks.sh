@@ -28,4 +28,5 @@ run 17_where_a_gpu_pays
 run 05_memory_management --batch-sizes 16,32,64,128
 run 06_inference_comparison ${networks[@]+"${networks[@]}"}
 run 11_inference_engines
+run 19_latency_and_memory
 echo "Tables and pictures: $folder"

@@ -67,44 +67,20 @@ def test_a_drifted_copy_is_found():
     assert same_name_other_code(drifted) == ["MLP: 05_gpu_training differs from 09_mnist"]
 
 
-REPEAT_THE_METHOD = {  # of timing, which 04 brings: they may have 200 lines besides what is repeated
-    "02_model_optimization",
-    "04_gpu_vs_cpu_benchmark",
-    "06_inference_comparison",
-    "11_inference_engines",
-    "16_faster_or_not",
-    "17_where_a_gpu_pays",
-}
-
-
-def own_lines(lesson, trees):
-    """Return how many lines of a lesson are new: what an earlier one has too is read once."""
-    kinds, known = (ast.ClassDef, ast.FunctionDef), set()
-    for other, tree in trees.items():
-        own = [node for node in tree.body if isinstance(node, kinds) and node.name not in OWN_WAY]
-        if other == lesson:
-            repeated = sum(node.end_lineno - node.lineno + 1 for node in own if node.name in known)
-            return len(lesson.read_text(encoding="utf-8").splitlines()) - repeated
-        known |= {node.name for node in own}
-
-
 def test_a_lesson_stands_alone_and_is_portable():
     own = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts} | {
         "src",
         "scripts",
     }
-    all_trees = trees()
-    for lesson, tree in all_trees.items():
+    for lesson, tree in trees().items():
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & own, lesson
         text = lesson.read_text(encoding="utf-8")
         assert not re.search(r"\.cuda\(\)|device\(['\"]cuda|weights_only=False", text), lesson
-        repeats = lesson.stem in REPEAT_THE_METHOD
-        lines = own_lines(lesson, all_trees) if repeats else len(text.splitlines())
         longest = 250 if lesson.stem == "05_pretrain_gpt2" else 200
-        assert lines <= longest, f"{lesson} is too long to read in ten minutes"
+        assert len(text.splitlines()) <= longest, f"{lesson} is too long to read in ten minutes"
 
 
 def test_top_level_holds_what_was_asked_for_and_nothing_else():

@@ -36,6 +36,8 @@ DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like mac
     "advanced/11_inference_engines",
     "advanced/16_faster_or_not",
     "advanced/17_where_a_gpu_pays",
+    "advanced/18_export",
+    "advanced/19_latency_and_memory",
 }
 
 

@@ -27,6 +27,11 @@ def forms():
 
 
 @pytest.fixture
+def exports():
+    return load_lesson("advanced/18_export")
+
+
+@pytest.fixture
 def faster():
     return load_lesson("advanced/16_faster_or_not")
 
@@ -49,6 +54,11 @@ def ways():
 @pytest.fixture
 def engines():
     return load_lesson("advanced/11_inference_engines")
+
+
+@pytest.fixture
+def latency():
+    return load_lesson("advanced/19_latency_and_memory")
 
 
 # METHOD: a machine whose clock we set. Its noise has a heavy tail: one block in ten is disturbed.
@@ -136,7 +146,7 @@ def test_the_clock_is_read_when_the_device_is_idle(timing, monkeypatch):
     machine = Machine()
     monkeypatch.setattr(timing, "time", machine)
     monkeypatch.setattr(timing, "DEVICE", torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "synchronize", machine.synchronize)
+    monkeypatch.setattr(torch.cuda, "synchronize", machine.synchronize)
     machine.enqueue(5.0)  # somebody else's work, which must not count
     call = lambda: machine.enqueue(0.1)
     assert timing.time_block(call, 10) == pytest.approx(0.1)
@@ -151,54 +161,70 @@ def network(forms):
     return model, images, torch.zeros(700, dtype=torch.long), forms.answer(model, images)
 
 
-FORMS = ["eager", "channels_last", "bf16 autocast", "torch.compile", "TorchScript"]
-FORMS += ["AOTInductor", "ONNX Runtime", "int8 torch.ao", "int8 torchao"]
+CHANGED = ["eager", "channels_last", "bf16 autocast", "torch.compile"]
+CHANGED += ["int8 torch.ao", "int8 torchao"]
+EXPORTED = ["eager", "TorchScript", "AOTInductor", "ONNX Runtime"]
 
 
-def test_every_form_is_tested(forms):
-    assert list(forms.FORMS) == FORMS
-    assert set(forms.NOT_QUICK) < set(FORMS)
+def test_every_form_is_tested(forms, exports, faster):
+    assert list(forms.FORMS) == CHANGED
+    assert list(exports.FORMS) == EXPORTED
+    assert set(faster.FORMS) == {*CHANGED, *EXPORTED}
+    assert set(faster.NOT_QUICK) == {*forms.NOT_QUICK, *exports.NOT_QUICK} < set(faster.FORMS)
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_is_within_its_tolerance(forms, network, name):
-    if name in forms.NOT_QUICK and not shutil.which("g++"):
+def check_changed(forms, name, network):
+    make, allowed = forms.FORMS[name], forms.ALLOWED.get(name, 1e-3)
+    packed = lambda model, images: (make(model, images), forms.pack(model))
+    return forms.check_form(packed, allowed, *network), allowed
+
+
+@pytest.mark.parametrize("name", CHANGED + EXPORTED[1:])
+def test_every_form_is_within_its_tolerance(forms, exports, network, name):
+    if name in [*forms.NOT_QUICK, *exports.NOT_QUICK] and not shutil.which("g++"):
         pytest.skip("needs a C++ compiler")
-    call, content, accuracy, row = forms.check_form(name, *network)
+    exports.CNN.__module__ = forms.CNN.__module__ = "__main__"  # TorchScript knows no name like 02_
+    if name in forms.FORMS:
+        (call, content, accuracy, row), allowed = check_changed(forms, name, network)
+    else:
+        allowed = exports.TOLERANCE
+        call, content, accuracy, row = exports.check_form(exports.FORMS[name][0], allowed, *network)
     assert row.endswith("kept"), row
     assert content
     assert 0 <= accuracy <= 1
     with torch.inference_mode():
         for batch in (1, 3):  # sizes that it has not been made with
             answered = call(network[1][:batch]).float()
-            assert (answered - network[3][:batch]).abs().max() <= forms.FORMS[name][1]
+            assert (answered - network[3][:batch]).abs().max() <= allowed
 
 
 def spoil(forms, network, make, layers=()):
     """Return the table's row for a form that make has spoilt."""
     model, images, labels, _ = network
     model = nn.Sequential(model, *layers).eval()
-    forms.FORMS = {"spoilt": (make, 1e-3, None)}
-    return forms.check_form("spoilt", model, images, labels, forms.answer(model, images))
+    return forms.check_form(make, 1e-3, model, images, labels, forms.answer(model, images))
 
 
-def exported_in_training(forms):
-    return lambda model, images: (forms.export(model.train(), images).module(), b"")
+def exported_in_training(exports):
+    export = lambda model, images: torch.export.export(
+        model.train(), (images[:2],), dynamic_shapes=exports.ANY_BATCH
+    )
+    return lambda model, images: (export(model, images).module(), b"")
 
 
 def exported_for_two(model, images):
     return torch.export.export(model, (images[:2],)).module(), b""
 
 
-def test_a_broken_export_is_found_in_the_table(forms, network):
+def test_a_broken_export_is_found_in_the_table(exports, network):
     dropout, norm = [nn.Dropout(0.5)], [nn.BatchNorm1d(10)]
-    sound = spoil(forms, network, lambda model, images: (model, b""), dropout + norm)
+    sound = spoil(exports, network, lambda model, images: (model, b""), dropout + norm)
     assert sound[3].endswith("kept")
     for layers in (dropout, norm):
-        call, _, _, row = spoil(forms, network, exported_in_training(forms), layers)
+        call, _, _, row = spoil(exports, network, exported_in_training(exports), layers)
         assert row.endswith("BROKEN") or call is None, row  # a batch of 1 has no norm to train with
         assert "kept" not in row
-    call, _, _, row = spoil(forms, network, exported_for_two)
+    call, _, _, row = spoil(exports, network, exported_for_two)
     assert call is None
     assert row.startswith("not run: ")
 
@@ -218,22 +244,27 @@ def test_damage_to_a_single_batch_is_found(forms, network, damage):
     assert row.endswith("BROKEN")
 
 
-def test_a_missing_package_is_a_reason_in_the_table(forms, network, monkeypatch):
+def test_a_missing_package_is_a_reason_in_the_table(exports, network, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    call, _, _, row = forms.check_form("ONNX Runtime", *network)
+    call, _, _, row = exports.check_form(exports.onnx_runtime, 1e-3, *network)
     assert call is None
     assert "onnxruntime" in row
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_what_is_shipped_gives_the_same_answers(forms, network, tmp_path):
+def test_what_is_shipped_gives_the_same_answers(forms, exports, network, tmp_path):
+    import onnxruntime
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model, images, _, _ = network
     forms.CNN.__module__ = "__main__"  # TorchScript cannot read back a name like 02_...
-    call, content, _, _ = forms.check_form("TorchScript", *network)
+    call, content, _, _ = exports.check_form(exports.torchscript, 1e-3, *network)
     assert torch.equal(torch.jit.load(io.BytesIO(content))(images), call(images))
-    call, content, _, _ = forms.check_form("int8 torchao", *network)
+    call, content, _, _ = exports.check_form(exports.onnx_runtime, 1e-3, *network)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (answered,) = session.run(None, {"x": images.numpy()})
+    assert np.array_equal(answered, call(images).numpy())
+    (call, content, _, _), _ = check_changed(forms, "int8 torchao", network)
     state = torch.load(io.BytesIO(content), weights_only=True)
     other = forms.CNN().eval()
     quantize_(other, Int8DynamicActivationInt8WeightConfig(version=2))
@@ -242,69 +273,80 @@ def test_what_is_shipped_gives_the_same_answers(forms, network, tmp_path):
     assert len(content) < 0.35 * len(forms.pack(model))
 
 
-def test_a_broken_form_is_not_shipped(forms, network, tmp_path, capsys):
-    forms.ROOT, folder = tmp_path, tmp_path / "models" / "quick"
+def quick_folder(lesson, network, tmp_path):
+    lesson.ROOT, folder = tmp_path, tmp_path / "models" / "quick"
     folder.mkdir(parents=True)
     torch.save(network[0].state_dict(), folder / "mnist_cnn.pth")
+    return folder
+
+
+def test_a_broken_form_is_not_shipped(forms, network, tmp_path, capsys):
+    folder = quick_folder(forms, network, tmp_path)
     (folder / "mnist_cnn_int8.pth").write_bytes(b"the good one")
-    spoilt = (lambda model, images: (lambda x: model(x) + 9, b"bad"), 1.0, "mnist_cnn_int8.pth")
+    spoilt = lambda model, images: lambda x: model(x) + 9
     forms.FORMS = {"eager": forms.FORMS["eager"], "int8 torchao": spoilt}
     forms.main(quick=True)
     assert "forms = 2, outside_tolerance = 1" in capsys.readouterr().out
     assert (folder / "mnist_cnn_int8.pth").read_bytes() == b"the good one"
 
 
-def test_stand_in_digits_that_the_network_has_learned_do_not_test_it(forms, tmp_path):
-    forms.ROOT = tmp_path
+def test_a_broken_export_is_not_shipped(exports, network, tmp_path, capsys):
+    folder = quick_folder(exports, network, tmp_path)
+    (folder / "mnist_cnn.onnx").write_bytes(b"the good one")
+    spoilt = lambda model, images: (lambda x: model(x) + 9, b"bad")
+    exports.FORMS = {"eager": (exports.eager, None), "ONNX Runtime": (spoilt, "mnist_cnn.onnx")}
+    exports.main(quick=True)
+    assert "forms = 2, outside_tolerance = 1" in capsys.readouterr().out
+    assert (folder / "mnist_cnn.onnx").read_bytes() == b"the good one"
+
+
+@pytest.mark.parametrize("file", ["t10k-labels-idx1-ubyte", "t10k-images-idx3-ubyte", None])
+def test_stand_in_digits_that_the_network_has_learned_do_not_test_it(forms, tmp_path, file):
+    forms.ROOT, folder = tmp_path, tmp_path / "data" / "MNIST" / "raw"
+    if file:  # the other file holds three images, this one is torn
+        folder.mkdir(parents=True)
+        (folder / "t10k-labels-idx1-ubyte").write_bytes(bytes(8 + 3))
+        (folder / "t10k-images-idx3-ubyte").write_bytes(bytes(16 + 3 * 784))
+        assert forms.load_test_images()[2] == "MNIST"
+        whole = (folder / file).read_bytes()
+        (folder / file).write_bytes(whole[:-1])
     images, labels, source = forms.load_test_images()
     assert (len(images), len(labels), source) == (360, 360, "scikit-learn digits")
 
 
-def test_without_a_trained_network_the_lesson_names_the_command(forms, tmp_path):
-    forms.ROOT = tmp_path
+@pytest.mark.parametrize("lesson", ["forms", "exports"])
+def test_without_a_trained_network_the_lesson_names_the_command(request, lesson, tmp_path):
+    lesson = request.getfixturevalue(lesson)
+    lesson.ROOT = tmp_path
     with pytest.raises(
         SystemExit, match=r"Make it with: uv run src/intermediate/02_cnn.py --quick"
     ):
-        forms.main(quick=True)
+        lesson.main(quick=True)
 
 
-# FASTER: what was shipped is loaded, timed, and found out when it is another network's.
-def ship(forms, network, folder):
-    """Write what lesson 02 would, but for the compilers' forms."""
-    forms.CNN.__module__ = "__main__"  # TorchScript cannot read back a name like 02_...
-    torch.save(network[0].state_dict(), folder / "mnist_cnn.pth")
-    for name, (_, _, file) in forms.FORMS.items():
-        if file:
-            (folder / file).write_bytes(forms.check_form(name, *network)[1])
-
-
+# FASTER: every form is made, timed, and found out when it answers otherwise.
 @pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_what_is_shipped_is_timed_and_a_stale_file_is_found(
-    forms, faster, network, tmp_path, capsys
-):
+def test_only_what_answers_alike_is_called_kept(faster, network, capsys):
     model, images, _, _ = network
-    ship(forms, network, tmp_path)
-    calls, broken = faster.make_forms(model, tmp_path, images, quick=True)
-    assert list(calls) == [name for name in FORMS if name not in faster.NOT_QUICK]
+    faster.CNN.__module__ = "__main__"  # TorchScript cannot read back a name like 16_...
+    calls, broken = faster.make_forms(model, images, quick=True)
+    assert list(calls) == [name for name in faster.FORMS if name not in faster.NOT_QUICK]
     assert broken == 0
-    assert set(faster.FORMS) == set(FORMS)
-    torch.manual_seed(1)
-    assert faster.make_forms(faster.CNN().eval(), tmp_path, images, quick=True)[1] >= 2
-    assert "Run 02 again" in capsys.readouterr().out
-    (tmp_path / "mnist_cnn.onnx").unlink()
-    (tmp_path / "mnist_cnn_scripted.pt").write_bytes(b"no model")
-    calls, _ = faster.make_forms(model, tmp_path, images, quick=True)
-    assert not {"ONNX Runtime", "TorchScript"} & set(calls)
-    shown = capsys.readouterr().out
-    assert "mnist_cnn.onnx is missing; 02_model_optimization.py makes it" in shown
-    assert re.search(r"TorchScript +\| not run: ", shown)
+    faster.FORMS = {
+        "nan": lambda model, images: lambda x: model(x) * math.nan,
+        "other": lambda model, images: lambda x: model(x).roll(1, dims=1),
+        "no package": lambda model, images: model.no_such_attribute,
+    }
+    calls, broken = faster.make_forms(model, images, quick=True)
+    assert (list(calls), broken) == (["nan", "other"], 2)
+    assert re.search(r"no package +\| not run: ", capsys.readouterr().out)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_forms_answer_alike(forms, faster, network, tmp_path):
+def test_compiled_forms_answer_alike(faster, network):
     model, images, _, _ = network
     faster.FORMS = {name: faster.FORMS[name] for name in faster.NOT_QUICK}
-    calls, broken = faster.make_forms(model, tmp_path, images, quick=False)
+    calls, broken = faster.make_forms(model, images, quick=False)
     assert (list(calls), broken) == (list(faster.NOT_QUICK), 0)
 
 
@@ -331,7 +373,7 @@ def test_the_crossing_is_where_nothing_slower_follows(sides, capsys, monkeypatch
     monkeypatch.setattr(sides, "time_in_turn", lambda works, **_: took)
     monkeypatch.setattr(sides, "compare", lambda *_: (1.0, 1.0, 1.0, next(told)))
     both = sides.pick_sides()
-    rows, difference = sides.compare_batches("T", sides.inference, both, [1, 8, 32, 128], {})
+    rows, difference = sides.compare_batches("Inference", both, [1, 8, 32, 128], {})
     assert f": {words}\n" in capsys.readouterr().out
     assert difference <= 1e-5
     assert rows[32][0]["1 thread"].tolist() == [64.0] * 5, "images are counted"
@@ -402,10 +444,11 @@ def test_a_bad_size_is_refused_with_what_is_wanted(products, text):
 
 
 def test_both_sides_do_the_same_work(sides):
-    cpu = torch.device("cpu")
-    for work in (sides.inference, sides.training):
-        assert torch.equal(work(cpu, 4)(), work(cpu, 4)())
-    step = sides.training(cpu, 4)
+    where = torch.device("cpu"), torch.get_num_threads()
+    for kind in ("Inference", "Training"):
+        assert torch.equal(*(sides.make_work(kind, 4, *where)() for _ in range(2)))
+    answer, step = (sides.make_work(kind, 4, *where) for kind in ("Inference", "Training"))
+    assert torch.equal(answer(), answer())
     assert step() != step(), "a training step trains"
 
 
@@ -443,7 +486,7 @@ def test_every_way_is_within_its_tolerance(request, small, capsys, lesson, expec
         assert "kept" in rows[way] or way not in calls
     assert ran == sum("kept" in row for row in rows.values())
     assert expected <= {way for way in rows if "kept" in rows[way]}
-    if not lesson.ON_CUDA:
+    if lesson.DEVICE.type != "cuda":
         for way in only_cuda:
             assert "needs a CUDA device" in rows[way]
 
@@ -488,6 +531,23 @@ def test_a_way_that_takes_too_long_is_not_waited_for(ways, small, monkeypatch):
     assert ways.check_ways(eager, model, images, [4])[0] == {}
 
 
+def test_a_slow_way_says_how_slow_it_is(ways, small, monkeypatch, capsys):
+    model, images = small
+    took = iter([2.0, 2.0, 60.0])  # eager three times, then one call of each way
+    monkeypatch.setattr(ways, "time_block", lambda call, count: next(took))
+    both = {"eager fp32": (lambda model, _: model, 1e-3), "slow": (lambda model, _: model, 1e-3)}
+    calls, ran, broken = ways.check_ways(both, model, images, [1, 4])
+    assert (list(calls), ran, broken) == (["eager fp32"], 2, 0)
+    assert "kept; 30 times as slow as eager, not timed\n" in capsys.readouterr().out
+
+
+def test_tf32_lasts_as_long_as_a_call(ways, monkeypatch):
+    monkeypatch.setattr(ways, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    call = ways.run_tf32(lambda x: torch.backends.cudnn.allow_tf32, None)
+    assert [call(1), call(1), torch.backends.cudnn.allow_tf32] == [True, True, False]
+
+
 def test_an_unknown_network_is_refused_with_a_suggestion(ways):
     with pytest.raises(SystemExit, match=r"no classifier named resnet_50\. Try: .*resnet50"):
         ways.main(model_name="resnet_50")
@@ -504,6 +564,53 @@ def test_bad_batch_sizes_are_refused(ways, text):
     with pytest.raises(argparse.ArgumentTypeError, match="whole numbers, such as"):
         ways.positive_numbers(text)
     assert ways.positive_numbers("8,1,8") == [1, 8]
+
+
+# LATENCY: each way gets its calls in turn, a slow one fewer of them.
+def test_a_slow_way_gets_fewer_calls_in_turn(latency, monkeypatch):
+    machine, order = Machine(), []
+    monkeypatch.setattr(latency, "time", machine)
+    work = lambda name, seconds: lambda: (order.append(name), machine.advance(seconds))
+    calls = {"fast": work("fast", 0.01), "slow": work("slow", 0.5), "slowest": work("slowest", 9.0)}
+    times = latency.time_calls(calls, 3.0)
+    assert [len(own) for own in times.values()] == [100, 6, 5]
+    assert order[:6] == ["fast", "slow", "slowest"] * 2
+    assert times["slow"] == pytest.approx([0.5] * 6)
+
+
+def test_the_percentiles_are_those_of_single_calls(latency, monkeypatch, capsys):
+    seconds = [n / 1e3 for n in range(1, 102)]
+    monkeypatch.setattr(latency, "time_calls", lambda *_: {"way": seconds})
+    monkeypatch.setattr(latency, "peak_memory", lambda call: 7.0)
+    latency.measure({"way": torch.neg}, torch.ones(8), 1.0)
+    assert re.search(
+        r"^way +\|   101 \|    51\.00 \|    96\.00 \| +1\.88 \| +7\.0$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+def test_memory_that_a_call_gives_back_is_counted_once(latency):
+    call = lambda: torch.ones(32, 2**18)  # 32 MiB
+    if latency.DEVICE.type == "cpu":
+        assert [latency.peak_memory(call) for _ in range(2)] == pytest.approx([32, 32], abs=4)
+
+
+def test_latency_knows_the_ways_of_both_lessons(latency, ways, engines):
+    assert list(latency.WAYS) == list(dict.fromkeys([*ways.WAYS, *engines.WAYS]))
+    assert latency.NOT_QUICK == engines.NOT_QUICK
+
+
+def test_a_way_that_cannot_run_is_left_out_with_its_reason(latency, small, capsys):
+    model, images = small
+    ways = {
+        "eager fp32": latency.WAYS["eager fp32"],
+        "no package": lambda model, images: model.no_such_attribute,
+        "another batch": lambda model, _: torch.export.export(model, (images,)).module(),
+    }
+    assert list(latency.make_ways(ways, model, images, [1, 4])) == ["eager fp32"]
+    assert list(rows_of(capsys.readouterr().out)) == ["no package", "another batch"]
 
 
 # SCRIPT: the reference project's commands, with a stand-in for uv that only writes them down.
@@ -530,7 +637,7 @@ def test_run_benchmarks_runs_the_benchmark_lessons(tmp_path, gpu):
     subprocess.run(command, check=True, env=environment, cwd="/", capture_output=True)
     commands = log.read_text().splitlines()
     lessons = [re.search(r"advanced/(\d\d)", line)[1] for line in commands]
-    assert lessons == ["04", "17", "05", "06", "11"]
+    assert lessons == ["04", "17", "05", "06", "11", "19"]
     assert ("--matrix-size 8192 --iterations 100" in commands[0]) == gpu
     assert ("--model-name resnet50 --batch-sizes 1,8,16,32" in commands[3]) == gpu
     assert "--batch-sizes 16,32,64,128" in commands[2]

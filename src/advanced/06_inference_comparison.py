@@ -12,7 +12,6 @@ many times as fast. A CPU without such units has to convert it. Autocast keeps t
 import argparse
 import contextlib
 import copy
-import ctypes
 import difflib
 import math
 import os
@@ -24,19 +23,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import autocast
 from torchvision import models
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-ON_CUDA, ON_CPU = DEVICE.type == "cuda", DEVICE.type == "cpu"
-MODEL, SIZE, BATCHES = ("resnet18", 64, "1,8") if ON_CPU else ("resnet50", 224, "1,8,16,32")
-SHOTS, PATIENCE = 40, 8  # single calls for p50 and p95; how many times slower is not worth the wait
+ON_CPU = DEVICE.type == "cpu"
+MODEL, SIZE, BATCHES = ("resnet18", 64, [1, 8]) if ON_CPU else ("resnet50", 224, [1, 8, 16, 32])
+PATIENCE = 8  # times as slow as eager is not worth the wait
 
 
 # MODEL: random weights, so nothing is downloaded; they take as long as trained ones.
 def make_classifier(name):
-    names = models.list_models(module=models)
-    if name not in names:
+    if name not in (names := models.list_models(module=models)):
         close = ", ".join(difflib.get_close_matches(name, names)) or ", ".join(names[:3])
         sys.exit(f"torchvision has no classifier named {name}. Try: {close}")
     torch.manual_seed(0)
@@ -44,43 +43,25 @@ def make_classifier(name):
 
 
 # WAYS: each takes the network and a few images, and returns what to call.
-def run_tf32(model, images):
-    """Let CUDA round the factors of fp32 products to 10 bits, for as long as a call lasts."""
-    if not ON_CUDA:
+def run_tf32(model, images):  # CUDA rounds the factors in convolutions to 10 bits
+    if DEVICE.type != "cuda":
         raise RuntimeError("needs a CUDA device")
-
-    def call(x):
-        torch.backends.cudnn.allow_tf32 = True
-        torch.set_float32_matmul_precision("high")
-        logits = model(x)
-        torch.backends.cudnn.allow_tf32 = False
-        torch.set_float32_matmul_precision("highest")
-        return logits
-
-    return call
-
-
-def run_autocast(dtype):
-    return lambda model, images: torch.autocast(DEVICE.type, dtype=dtype)(lambda x: model(x))
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=True)(lambda x: model(x))
 
 
 WAYS = {  # name: (what makes it, how far it may be from fp32, in parts of the largest logit)
-    "eager fp32": (lambda model, images: model, 1e-3),  # another batch alone moves the last bits
+    "eager fp32": (lambda model, _: model, 1e-3),  # another batch alone moves the last bits
     "TF32": (run_tf32, 0.02),
-    "fp16 autocast": (run_autocast(torch.float16), 0.01),
-    "bf16 autocast": (run_autocast(torch.bfloat16), 0.05),
-    "channels_last": (lambda model, images: model.to(memory_format=torch.channels_last), 1e-3),
+    "fp16 autocast": (lambda model, _: autocast(DEVICE.type, torch.float16)(model.forward), 0.01),
+    "bf16 autocast": (lambda model, _: autocast(DEVICE.type, torch.bfloat16)(model.forward), 0.05),
+    "channels_last": (lambda model, _: model.to(memory_format=torch.channels_last), 1e-3),
 }
 
 
 # MEASURE: as in 04_gpu_vs_cpu_benchmark.py.
-def synchronize():
-    if DEVICE.type != "cpu":
-        torch.accelerator.synchronize()  # a GPU works on after the call has come back
-
-
 def time_block(call, count):
     """Return the seconds that each of count calls takes."""
+    synchronize = torch.get_device_module(DEVICE).synchronize  # a GPU works on after a call is back
     synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -106,84 +87,52 @@ def time_in_turn(calls, seconds=2.0, rounds=21):
 
 
 def compare(base, other):
-    """Return how many times faster other is than base, the 95 % interval of that, and a verdict.
-
-    The interval is a bootstrap (Efron 1979) over the rounds; one that spans 1 shows no difference.
-    """
+    """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))  # Efron 1979
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return np.median(base) / np.median(other), low, high, verdict
 
 
-def peak_memory(call):
-    """Return the MiB that a call needs at its peak on top of what was there; nan if nobody counts."""
-    if ON_CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        from resource import RUSAGE_SELF, getrusage
-
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        before = getrusage(RUSAGE_SELF).ru_maxrss
-        call()
-        return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2**10
-    except (ImportError, OSError, AttributeError, TypeError):
-        return math.nan
-
-
 @torch.inference_mode()
 def check_ways(ways, model, images, batches):
-    """Print how far each way's logits are from fp32, or why it does not run.
-
-    Return {way: what to call} for those worth timing, how many ran, and how many are too far off.
-    """
+    """Print how far each way is from fp32; return {way: call} to time, how many run, how many are off."""
     calls, ran, broken, expected = {}, 0, 0, model(images).float()
-    patience = PATIENCE * time_block(lambda: model(images), 3)
+    eager = time_block(lambda: model(images), 3)
     print("Way           | made in  | Δ / largest logit | allowed")
     for way, (make, allowed) in ways.items():
         start = time.perf_counter()
         try:
-            with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-                warnings.simplefilter("ignore")  # TorchScript is deprecated: see 02
+            ignored = warnings.catch_warnings(action="ignore")  # TorchScript is deprecated: see 18
+            with ignored, torch.inference_mode(False), torch.no_grad():
                 call = make(copy.deepcopy(model), images)
-            # Some compile for each size; CUDA graphs give the same tensor again, so copy it.
-            parts = [call(images[:batch]).float().to(DEVICE, copy=True) for batch in batches]
-            gaps = torch.cat([part - expected[: len(part)] for part in parts])
-            difference = (gaps.abs().max() / expected.abs().max()).item()  # in every batch
+            gaps = [call(images[:n]).float().to(DEVICE) - expected[:n] for n in batches]
+            difference = (torch.cat(gaps).abs().max() / expected.abs().max()).item()
             seconds = time.perf_counter() - start
-            slow = time_block(lambda call=call: call(images), 1) > patience
+            slower = time_block(lambda call=call: call(images), 1) / eager
         except Exception as error:
             print(f"{way:13} | not run: {type(error).__name__}: {error}".partition("\n")[0][:99])
             continue
-        kept = difference <= allowed  # nan is not
-        ran, broken = ran + 1, broken + (not kept)
-        verdict = f"{allowed:.3f} {'kept' if kept else 'BROKEN'}"
-        if slow:
-            verdict += f"; over {PATIENCE} times as slow as eager, not timed"
-        else:
-            calls[way] = call
-        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {verdict}")
+        verdict = "kept" if difference <= allowed else "BROKEN"  # nan is broken too
+        ran, broken = ran + 1, broken + (verdict == "BROKEN")
+        calls |= {way: call} if slower < PATIENCE else {}
+        words = "" if way in calls else f"; {slower:.0f} times as slow as eager, not timed"
+        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {allowed:.3f} {verdict}{words}")
     return calls, ran, broken
 
 
 @torch.inference_mode()
-def time_ways(calls, images, shots, **amount):
+def time_ways(calls, images, **amount):
     """Print a row for each way; return {way: images/s}."""
     runs = {way: lambda call=call: call(images) for way, call in calls.items()}
     times, rates = time_in_turn(runs, **amount), {}
-    print(f"Batch of {len(images):4} | images/s |   p50 ms |   p95 ms | peak MiB | vs fp32 (95 %)")
-    for way, call in runs.items():
-        middle, late = np.percentile([time_block(call, 1) for _ in range(shots)], [50, 95]) * 1e3
-        words = "{:.2f} ({:.2f} to {:.2f}): {}".format(*compare(times["eager fp32"], times[way]))
-        rates[way] = len(images) / np.median(times[way])
-        row = f"{way:13} | {rates[way]:8,.1f} | {middle:8.2f} | {late:8.2f} | {peak_memory(call):8.1f}"
-        print(f"{row} | {words}")
+    print(f"Batch of {len(images):4} | images/s (middle half)     | times as fast as eager (95 %)")
+    for way, own in times.items():
+        low, rates[way], high = len(images) / np.percentile(own, [75, 50, 25])
+        words = "{:.2f} ({:.2f} to {:.2f}): {}".format(*compare(times["eager fp32"], own))
+        print(f"{way:13} | {f'{rates[way]:,.1f} ({low:,.1f} to {high:,.1f})':26} | {words}")
     return rates
 
 
@@ -219,18 +168,17 @@ def save(write, path):
 
 def main(quick=False, model_name=MODEL, batch_sizes=BATCHES):
     torch.backends.cudnn.allow_tf32 = False  # or eager fp32 would round its numbers
-    batches, size = ([1, 2], 32) if quick else (batch_sizes, SIZE)
+    size, folder = (32, "models/quick") if quick else (SIZE, "models")
     model = make_classifier(model_name)
-    images = torch.rand(max(batches), 3, size, size, device=DEVICE)
+    images = torch.rand(max(batch_sizes), 3, size, size, device=DEVICE)
     print(f"{model_name}, images of {size} x {size}")
     try:
-        calls, ran, broken = check_ways(WAYS, model, images, batches)
+        calls, ran, broken = check_ways(WAYS, model, images, batch_sizes)
     except Exception as error:  # some want larger images, or know only one size
         sys.exit(f"This network cannot read images of SIZE = {size}: {error}")
-    options = {"seconds": 0.02, "rounds": 5, "shots": 5} if quick else {"shots": SHOTS}
-    rates = {batch: time_ways(calls, images[:batch], **options) for batch in batches}
-    plots = ROOT / ("models/quick" if quick else "models") / "plots"
-    save(draw(rates, model_name).savefig, plots / "06_inference_comparison.png")
+    amount = {"seconds": 0.02, "rounds": 5} if quick else {}
+    rates = {batch: time_ways(calls, images[:batch], **amount) for batch in batch_sizes}
+    save(draw(rates, model_name).savefig, ROOT / folder / "plots" / "06_inference_comparison.png")
     print(f"Result: ways = {ran}, outside_tolerance = {broken}")
 
 
@@ -245,7 +193,7 @@ if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cli.add_argument("--quick", action="store_true", help="smoke run: tiny images, models/quick/")
     cli.add_argument("--model-name", default=MODEL, help="a classifier of torchvision")
-    cli.add_argument("--batch-sizes", type=positive_numbers, default=BATCHES, help="1,8,16,32")
+    cli.add_argument("--batch-sizes", type=positive_numbers, default=BATCHES, help="as 1,8,16")
     try:
         main(**vars(cli.parse_args()))
     except KeyboardInterrupt:

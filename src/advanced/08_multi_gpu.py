@@ -130,12 +130,9 @@ def measure(ways, data, rank, ranks, seconds, rounds=21):
 
 
 def compare(base, other):
-    """Return how many times faster other is than base, the 95 % interval of that, and a verdict.
-
-    The interval is a bootstrap (Efron 1979) over the rounds; one that spans 1 shows no difference.
-    """
+    """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))  # Efron 1979
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"

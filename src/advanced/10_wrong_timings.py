@@ -40,13 +40,9 @@ class CNN(nn.Module):
 
 
 # MEASURE: the right way, as in 04_gpu_vs_cpu_benchmark.py.
-def synchronize():
-    if DEVICE.type != "cpu":
-        torch.accelerator.synchronize()  # a GPU works on after the call has come back
-
-
 def time_block(call, count):
     """Return the seconds that each of count calls takes."""
+    synchronize = torch.get_device_module(DEVICE).synchronize  # a GPU works on after a call is back
     synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -72,12 +68,9 @@ def time_in_turn(calls, seconds=2.0, rounds=21):
 
 
 def compare(base, other):
-    """Return how many times faster other is than base, the 95 % interval of that, and a verdict.
-
-    The interval is a bootstrap (Efron 1979) over the rounds; one that spans 1 shows no difference.
-    """
+    """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))  # Efron 1979
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
@@ -114,7 +107,7 @@ def main(quick=False):
     print(f"A batch of {BATCH}    |         says |      truth | says / truth")
     show_lie("no warm-up", cold, truth)
     show_lie("no synchronise", time_hastily(call, 100), truth)
-    synchronize()
+    torch.get_device_module(DEVICE).synchronize()
     ways = 3
     try:
         if quick:

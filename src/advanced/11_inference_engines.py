@@ -11,27 +11,25 @@ first: it can join layers, keep what lies between them in the cache, and start t
 
 import argparse
 import copy
-import ctypes
 import logging
 import math
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision import models
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-ON_CUDA, ON_CPU = DEVICE.type == "cuda", DEVICE.type == "cpu"
+ON_CPU = DEVICE.type == "cpu"
 MODEL, SIZE, BATCHES = ("resnet18", 64, [1, 8]) if ON_CPU else ("resnet50", 224, [1, 8, 16, 32])
-SHOTS, PATIENCE = 40, 8  # single calls for p50 and p95; how many times slower is not worth the wait
+PATIENCE = 8  # times as slow as eager is not worth the wait
 
 
 # WAYS: each takes the network and a few images, and returns what to call.
 def need_cuda():
-    if not ON_CUDA:
+    if DEVICE.type != "cuda":
         raise RuntimeError("needs a CUDA device")
 
 
@@ -39,32 +37,9 @@ def leave_out(model, images):
     raise RuntimeError("--quick leaves it out")
 
 
-def run_cuda_graph(model, images):
-    """Record the kernels of a call once for each batch size, then start them all at one go."""
+def run_cuda_graph(model, images):  # records the kernels of a call, and starts them all at one go
     need_cuda()
-    graphs = {}
-
-    def record(x):
-        own, stream = x.clone(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is set up in the first calls must not be recorded
-            for _ in range(3):
-                model(own)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = model(own)
-        return graph, own, logits
-
-    def call(x):
-        if x.shape not in graphs:
-            graphs[x.shape] = record(x)
-        graph, own, logits = graphs[x.shape]
-        own.copy_(x)
-        graph.replay()
-        return logits  # the next call of this batch size overwrites it
-
-    return call
+    return torch.compile(model, backend="cudagraphs", dynamic=False)
 
 
 def run_onnx(model, images):
@@ -77,8 +52,8 @@ def run_onnx(model, images):
         raise RuntimeError(f"this onnxruntime has no {wanted}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its idle threads
-    # would keep a core busy after each call, and slow down whatever is timed next.
+    # Idle threads that spin would keep a core busy, and slow down whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=[wanted])
     name = session.get_inputs()[0].name
@@ -106,13 +81,9 @@ NOT_QUICK = "torch.compile", "ONNX Runtime"  # they take longer than all the res
 
 
 # MEASURE: all of this as in 04_gpu_vs_cpu_benchmark.py and 06_inference_comparison.py.
-def synchronize():
-    if DEVICE.type != "cpu":
-        torch.accelerator.synchronize()  # a GPU works on after the call has come back
-
-
 def time_block(call, count):
     """Return the seconds that each of count calls takes."""
+    synchronize = torch.get_device_module(DEVICE).synchronize  # a GPU works on after a call is back
     synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -138,84 +109,52 @@ def time_in_turn(calls, seconds=2.0, rounds=21):
 
 
 def compare(base, other):
-    """Return how many times faster other is than base, the 95 % interval of that, and a verdict.
-
-    The interval is a bootstrap (Efron 1979) over the rounds; one that spans 1 shows no difference.
-    """
+    """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))  # Efron 1979
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return np.median(base) / np.median(other), low, high, verdict
 
 
-def peak_memory(call):
-    """Return the MiB that a call needs at its peak on top of what was there; nan if nobody counts."""
-    if ON_CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        from resource import RUSAGE_SELF, getrusage
-
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        before = getrusage(RUSAGE_SELF).ru_maxrss
-        call()
-        return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2**10
-    except (ImportError, OSError, AttributeError, TypeError):
-        return math.nan
-
-
 @torch.inference_mode()
 def check_ways(ways, model, images, batches):
-    """Print how far each way's logits are from fp32, or why it does not run.
-
-    Return {way: what to call} for those worth timing, how many ran, and how many are too far off.
-    """
+    """Print how far each way is from fp32; return {way: call} to time, how many run, how many are off."""
     calls, ran, broken, expected = {}, 0, 0, model(images).float()
-    patience = PATIENCE * time_block(lambda: model(images), 3)
+    eager = time_block(lambda: model(images), 3)
     print("Way           | made in  | Δ / largest logit | allowed")
     for way, (make, allowed) in ways.items():
         start = time.perf_counter()
         try:
-            with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-                warnings.simplefilter("ignore")  # TorchScript is deprecated: see 02
+            ignored = warnings.catch_warnings(action="ignore")  # TorchScript is deprecated: see 18
+            with ignored, torch.inference_mode(False), torch.no_grad():
                 call = make(copy.deepcopy(model), images)
-            # Some compile for each size; CUDA graphs give the same tensor again, so copy it.
-            parts = [call(images[:batch]).float().to(DEVICE, copy=True) for batch in batches]
-            gaps = torch.cat([part - expected[: len(part)] for part in parts])
-            difference = (gaps.abs().max() / expected.abs().max()).item()  # in every batch
+            gaps = [call(images[:n]).float().to(DEVICE) - expected[:n] for n in batches]
+            difference = (torch.cat(gaps).abs().max() / expected.abs().max()).item()
             seconds = time.perf_counter() - start
-            slow = time_block(lambda call=call: call(images), 1) > patience
+            slower = time_block(lambda call=call: call(images), 1) / eager
         except Exception as error:
             print(f"{way:13} | not run: {type(error).__name__}: {error}".partition("\n")[0][:99])
             continue
-        kept = difference <= allowed  # nan is not
-        ran, broken = ran + 1, broken + (not kept)
-        verdict = f"{allowed:.3f} {'kept' if kept else 'BROKEN'}"
-        if slow:
-            verdict += f"; over {PATIENCE} times as slow as eager, not timed"
-        else:
-            calls[way] = call
-        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {verdict}")
+        verdict = "kept" if difference <= allowed else "BROKEN"  # nan is broken too
+        ran, broken = ran + 1, broken + (verdict == "BROKEN")
+        calls |= {way: call} if slower < PATIENCE else {}
+        words = "" if way in calls else f"; {slower:.0f} times as slow as eager, not timed"
+        print(f"{way:13} | {seconds:6.1f} s | {difference:17.7f} | {allowed:.3f} {verdict}{words}")
     return calls, ran, broken
 
 
 @torch.inference_mode()
-def time_ways(calls, images, shots, **amount):
+def time_ways(calls, images, **amount):
     """Print a row for each way; return {way: images/s}."""
     runs = {way: lambda call=call: call(images) for way, call in calls.items()}
     times, rates = time_in_turn(runs, **amount), {}
-    print(f"Batch of {len(images):4} | images/s |   p50 ms |   p95 ms | peak MiB | vs fp32 (95 %)")
-    for way, call in runs.items():
-        middle, late = np.percentile([time_block(call, 1) for _ in range(shots)], [50, 95]) * 1e3
-        words = "{:.2f} ({:.2f} to {:.2f}): {}".format(*compare(times["eager fp32"], times[way]))
-        rates[way] = len(images) / np.median(times[way])
-        row = f"{way:13} | {rates[way]:8,.1f} | {middle:8.2f} | {late:8.2f} | {peak_memory(call):8.1f}"
-        print(f"{row} | {words}")
+    print(f"Batch of {len(images):4} | images/s (middle half)     | times as fast as eager (95 %)")
+    for way, own in times.items():
+        low, rates[way], high = len(images) / np.percentile(own, [75, 50, 25])
+        words = "{:.2f} ({:.2f} to {:.2f}): {}".format(*compare(times["eager fp32"], own))
+        print(f"{way:13} | {f'{rates[way]:,.1f} ({low:,.1f} to {high:,.1f})':26} | {words}")
     return rates
 
 
@@ -229,9 +168,9 @@ def main(quick=False):
     print(f"{MODEL}, images of {size} x {size}")
     ways = WAYS | {way: (leave_out, 0.0) for way in NOT_QUICK if quick}
     calls, ran, broken = check_ways(ways, model, images, batches)
-    options = {"seconds": 0.02, "rounds": 5, "shots": 5} if quick else {"shots": SHOTS}
+    amount = {"seconds": 0.02, "rounds": 5} if quick else {}
     for batch in batches:
-        time_ways(calls, images[:batch], **options)
+        time_ways(calls, images[:batch], **amount)
     print(f"Result: ways = {ran}, outside_tolerance = {broken}")
 
 

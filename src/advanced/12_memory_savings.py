@@ -90,13 +90,9 @@ def largest_difference(model, other):
 
 
 # MEASURE: every candidate in turn, so that what disturbs the machine disturbs them all alike.
-def synchronize():
-    if DEVICE.type != "cpu":
-        torch.accelerator.synchronize()  # a GPU works on after the call has come back
-
-
 def time_block(call, count):
     """Return the seconds that each of count calls takes."""
+    synchronize = torch.get_device_module(DEVICE).synchronize  # a GPU works on after a call is back
     synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -122,12 +118,9 @@ def time_in_turn(calls, seconds=2.0, rounds=21):
 
 
 def compare(base, other):
-    """Return how many times faster other is than base, the 95 % interval of that, and a verdict.
-
-    The interval is a bootstrap (Efron 1979) over the rounds; one that spans 1 shows no difference.
-    """
+    """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))  # Efron 1979
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"

@@ -55,19 +55,19 @@ class CNN(nn.Module):
 
 
 # WORK: the same numbers on both sides; they lie on the device already when the clock starts.
-def make_model(device, batch):
+def with_threads(threads, work):
+    def call():
+        torch.set_num_threads(threads)
+        return work()
+
+    return call
+
+
+def make_work(kind, batch, device, threads):
+    """Return a call that answers a batch ("Inference"), or that takes a step with it ("Training")."""
     torch.manual_seed(0)
-    images, labels = torch.rand(batch, 1, 28, 28), torch.randint(10, (batch,))
-    return CNN().to(device), images.to(device), labels.to(device)
-
-
-def inference(device, batch):
-    model, images, _ = make_model(device, batch)
-    return torch.inference_mode()(lambda: model.eval()(images))
-
-
-def training(device, batch):
-    model, images, labels = make_model(device, batch)
+    images, labels = torch.rand(batch, 1, 28, 28).to(device), torch.randint(10, (batch,)).to(device)
+    model = CNN().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def step():
@@ -77,25 +77,14 @@ def training(device, batch):
         optimizer.step()
         return loss.detach()
 
-    return step
-
-
-def with_threads(threads, work):
-    def call():
-        torch.set_num_threads(threads)
-        return work()
-
-    return call
+    answer = torch.inference_mode()(lambda: model(images))
+    return with_threads(threads, {"Inference": answer, "Training": step}[kind])
 
 
 # MEASURE: as in 04_gpu_vs_cpu_benchmark.py.
-def synchronize():
-    if DEVICE.type != "cpu":
-        torch.accelerator.synchronize()  # a GPU works on after the call has come back
-
-
 def time_block(call, count):
     """Return the seconds that each of count calls takes."""
+    synchronize = torch.get_device_module(DEVICE).synchronize  # a GPU works on after a call is back
     synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -121,12 +110,9 @@ def time_in_turn(calls, seconds=2.0, rounds=21):
 
 
 def compare(base, other):
-    """Return how many times faster other is than base, the 95 % interval of that, and a verdict.
-
-    The interval is a bootstrap (Efron 1979) over the rounds; one that spans 1 shows no difference.
-    """
+    """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))  # Efron 1979
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
@@ -138,13 +124,13 @@ def in_words(rates):
     return f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
-def compare_batches(title, work, sides, batches, amount):
+def compare_batches(kind, sides, batches, amount):
     """Print a row for each batch; return {batch: (images/s by side, words)}, the largest difference."""
     first, second = sides
-    print(f"{title}, images/s (middle half) by {first} | by {second} | times as fast as {first}")
-    rows, differences, pays = {}, [], "not faster to the end"
+    print(f"{kind}, images/s (middle half) by {first} | by {second} | times as fast as {first}")
+    rows, differences, pays = {}, [], None
     for batch in batches:
-        works = {side: with_threads(n, work(device, batch)) for side, (device, n) in sides.items()}
+        works = {side: make_work(kind, batch, *where) for side, where in sides.items()}
         one, other = (call().cpu() for call in works.values())
         differences.append((one - other).abs().max().item())
         times = time_in_turn(works, **amount)
@@ -153,23 +139,20 @@ def compare_batches(title, work, sides, batches, amount):
         rows[batch] = rates, f"{ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}"
         cells = " | ".join(f"{in_words(own):25}" for own in rates.values())
         print(f"  batch {batch:4} | {cells} | {rows[batch][1]}")
-        if verdict != "faster":
-            pays = "not faster to the end"
-        elif pays.startswith("not"):
-            pays = f"faster from batch {batch} on"
-    print(f"  {second}: {pays}")
+        pays = (pays or batch) if verdict == "faster" else None
+    print(f"  {second}: {f'faster from batch {pays} on' if pays else 'not faster to the end'}")
     return rows, max(differences)
 
 
 # PICTURE: both axes logarithmic, so that a straight line is a constant rate of growth.
 def draw(results):
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    for axes, (title, (rows, _)) in zip(figure.subplots(1, 2), results.items(), strict=True):
-        for side in next(iter(rows.values()))[0]:
+    for axes, (kind, (rows, _)) in zip(figure.subplots(1, 2), results.items(), strict=True):
+        for side in rows[1][0]:
             spread = [np.percentile(rates[side], [25, 50, 75]) for rates, _ in rows.values()]
             low, middle, high = np.transpose(spread)
             axes.errorbar(list(rows), middle, [middle - low, high - middle], fmt="o-", label=side)
-        axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s", title=title)
+        axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s", title=kind)
         axes.legend()
     return figure
 
@@ -195,21 +178,17 @@ def save(write, path):
 
 def main(quick=False):
     torch.backends.cudnn.allow_tf32 = False  # the same precision on both sides
-    sides = pick_sides()
-    batches, amount = ([1, 32], {"seconds": 0.02, "rounds": 5}) if quick else (BATCHES, {})
-    results = {
-        "Inference": compare_batches("Inference", inference, sides, batches, amount),
-        "Training": compare_batches("Training", training, sides, batches, amount),
-    }
-    batch = max(batch for batch in batches if batch <= 512)
-    words = results["Inference"][0][batch][1]
-    print(f"Batch of {batch}, inference: 86 in the notes, L4 against CPU; here {words}")
+    sides, kinds = pick_sides(), ("Inference", "Training")
+    batches, amount = ([1, 512], {"seconds": 0.02, "rounds": 5}) if quick else (BATCHES, {})
+    results = {kind: compare_batches(kind, sides, batches, amount) for kind in kinds}
+    words = results["Inference"][0][512][1]
+    print(f"Batch of 512, inference: 86 in the notes, L4 against CPU; here {words}")
     plots = ROOT / ("models/quick" if quick else "models") / "plots"
     save(draw(results).savefig, plots / "17_where_a_gpu_pays.png")
     difference = max(difference for _, difference in results.values())
     gain = words.partition("(")[2].partition(")")[0] if "GPU" in sides else "none"
     result = f"measurements = {2 * len(batches)}, largest_difference = {difference:.7f}"
-    print(f"Result: {result}, gpu_at_{batch} = {gain}")
+    print(f"Result: {result}, gpu_at_512 = {gain}")
 
 
 if __name__ == "__main__":
