@@ -61,7 +61,7 @@ def test_the_gpu_stands_against_the_cpu(course):
     output, _ = quick_on_gpu(course, "advanced/04_gpu_vs_cpu_benchmark")
     assert re.search(r"\d% of its peak", output)
     _, result = quick_on_gpu(course, "advanced/17_where_a_gpu_pays")
-    assert re.fullmatch(r"[\d.]+ to [\d.]+", result["gpu_at_32"])
+    assert re.fullmatch(r"[\d.]+ to [\d.]+", result["gpu_at_512"])
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,12 @@ def test_ways_that_only_a_gpu_has_keep_their_tolerance(course, name, way):
     output, result = quick_on_gpu(course, f"advanced/{name}")
     assert result["outside_tolerance"] == 0
     assert not re.search(rf"{way} +\| not run", output)
+
+
+def test_latency_is_measured_in_every_way_that_needs_no_compiler(course):
+    output, _ = quick_on_gpu(course, "advanced/19_latency_and_memory")
+    for way in ("TF32", "CUDA graphs"):
+        assert re.search(rf"^{way} +\| +\d+ \| +[\d.]+ \|", output, re.MULTILINE)
 
 
 def test_a_real_out_of_memory_is_survived(course):

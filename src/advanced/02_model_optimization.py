@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import autocast, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -92,9 +92,7 @@ def make_torchao(model, images):  # the successor of torch.ao
 FORMS = {
     "eager": lambda model, images: model,
     "channels_last": lambda model, images: model.to(memory_format=torch.channels_last),
-    "bf16 autocast": lambda model, images: torch.autocast(DEVICE.type, torch.bfloat16)(
-        model.forward
-    ),
+    "bf16 autocast": lambda model, images: autocast(DEVICE.type, torch.bfloat16)(model.forward),
     "torch.compile": lambda model, images: torch.compile(model, fullgraph=True, dynamic=True),
     "int8 torch.ao": lambda model, images: torch.ao.quantization.quantize_dynamic(
         model, {nn.Linear}, inplace=True

@@ -21,7 +21,7 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import autocast, nn
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 BATCHES = 1, 512
@@ -81,9 +81,7 @@ def make_torchao(model, images):
 FORMS = {
     "eager": lambda model, images: model,
     "channels_last": lambda model, images: model.to(memory_format=torch.channels_last),
-    "bf16 autocast": lambda model, images: torch.autocast(DEVICE.type, torch.bfloat16)(
-        model.forward
-    ),
+    "bf16 autocast": lambda model, images: autocast(DEVICE.type, torch.bfloat16)(model.forward),
     "torch.compile": lambda model, images: torch.compile(model, dynamic=True),
     "TorchScript": lambda model, images: torch.jit.script(model),
     "AOTInductor": make_aot_inductor,
