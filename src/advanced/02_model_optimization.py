@@ -111,7 +111,8 @@ def pack(model):
 # CHECK: the same test images for every form, and the reason where this machine cannot run one.
 @torch.inference_mode()
 def answer(call, images):
-    return torch.cat([call(chunk).float().cpu() for chunk in images.split(BATCHES[-1])])
+    logits = [call(chunk).float().cpu() for chunk in images.split(BATCHES[-1])]
+    return torch.cat(logits).view(len(images), 10)  # an error, unless each image has its answer
 
 
 def check_form(make, allowed, model, images, labels, expected):

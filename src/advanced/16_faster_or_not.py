@@ -180,7 +180,7 @@ def main(quick=False):
     amount = {"seconds": 0.02, "rounds": 5} if quick else {}
     words = [measure(calls, images[:batch], **amount) for batch in BATCHES]
     torchscript = words[0].get("TorchScript", "none (none)")
-    print(f"TorchScript, batch of 1: 1.40 in the notes, here {torchscript}")
+    print(f"TorchScript, batch of {BATCHES[0]}: 1.40 in the notes, here {torchscript}")
     gain = torchscript.partition("(")[2].partition(")")[0]
     print(f"Result: forms = {len(calls)}, outside_tolerance = {broken}, torchscript = {gain}")
 
