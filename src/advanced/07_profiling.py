@@ -26,7 +26,7 @@ from torch.profiler import profile, record_function, supported_activities
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-IMAGES, PROFILED, SMALL, LARGE, LEARNING_RATE = 2048, 256, 8, 256, 0.01
+IMAGES, PROFILED, SMALL, LARGE, LEARNING_RATE = 1024, 256, 8, 256, 0.01
 PARTS = ["prepare", "transfer", "learn", "report"]
 os.environ["KINETO_LOG_LEVEL"] = "5"  # or the profiler reports that it has found no GPU
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-IMAGES, CLASSES, EPOCHS, BATCH_SIZE, LEARNING_RATE = 512, 5, [1, 3, 10], 64, 3e-3
+IMAGES, CLASSES, EPOCHS, BATCH_SIZE, LEARNING_RATE = 256, 5, [1, 3, 10], 64, 3e-3
 
 
 # MODEL: as in intermediate/02_cnn.py.

@@ -82,7 +82,7 @@ FORMS = {
     "eager": lambda model, images: model,
     "channels_last": lambda model, images: model.to(memory_format=torch.channels_last),
     "bf16 autocast": lambda model, images: autocast(DEVICE.type, torch.bfloat16)(model.forward),
-    "torch.compile": lambda model, images: torch.compile(model, dynamic=True),
+    "torch.compile": lambda model, images: torch.compile(model, fullgraph=True, dynamic=True),
     "TorchScript": lambda model, images: torch.jit.script(model),
     "AOTInductor": make_aot_inductor,
     "ONNX Runtime": run_onnx,

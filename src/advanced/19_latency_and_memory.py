@@ -27,7 +27,7 @@ from torchvision import models
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 ON_CPU = DEVICE.type == "cpu"
 MODEL, SIZE, BATCHES = ("resnet18", 64, [1, 8]) if ON_CPU else ("resnet50", 224, [1, 8, 16, 32])
-CALLS, FEWEST, SECONDS = 100, 5, 2.0  # a slow way gets fewer calls, once it has had its seconds
+CALLS, FEWEST, SECONDS = 50, 5, 1.0  # a slow way gets fewer calls, once it has had its seconds
 
 
 # WAYS: as in 06_inference_comparison.py and 11_inference_engines.py, which check their answers.
