@@ -343,6 +343,12 @@ def test_only_what_answers_alike_is_called_kept(faster, network, capsys):
     assert re.search(r"no package +\| not run: ", capsys.readouterr().out)
 
 
+def test_a_form_that_fails_for_one_image_is_found(faster, network):
+    spoilt = lambda model, images: lambda x: model(x) + (len(x) == 1)
+    faster.FORMS = {"one image": spoilt}
+    assert faster.make_forms(*network[:2], quick=True)[1] == 1
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_forms_answer_alike(faster, network):
     model, images, _, _ = network
@@ -379,6 +385,18 @@ def test_the_crossing_is_where_nothing_slower_follows(sides, capsys, monkeypatch
     assert difference <= 1e-5
     assert rows[32][0]["1 thread"].tolist() == [64.0] * 5, "images are counted"
     assert rows[32][0]["all threads"].tolist() == [128.0] * 5
+
+
+def test_other_batches_may_be_measured(sides, capsys, monkeypatch):
+    rows = {n: ({"CPU": np.ones(5)}, f"1.50 (1.40 to 1.60): faster at {n}") for n in (8, 64)}
+    monkeypatch.setattr(sides, "BATCHES", list(rows))
+    monkeypatch.setattr(sides, "compare_batches", lambda *_: (rows, 0.0))
+    monkeypatch.setattr(sides, "save", lambda write, path: write(io.BytesIO()))
+    sides.main()
+    shown = capsys.readouterr().out
+    assert "Batch of 64, inference: " in shown
+    assert "faster at 64\n" in shown
+    assert "gpu_at_64 = none" in shown
 
 
 def test_operations_are_counted(products, capsys, monkeypatch):
@@ -534,7 +552,7 @@ def test_a_way_that_takes_too_long_is_not_waited_for(ways, small, monkeypatch):
 
 def test_a_slow_way_says_how_slow_it_is(ways, small, monkeypatch, capsys):
     model, images = small
-    took = iter([2.0, 2.0, 60.0])  # eager three times, then one call of each way
+    took = iter([2.0, 2.0, 2.0, 90.0, 60.0])  # eager, then two calls of each way
     monkeypatch.setattr(ways, "time_block", lambda call, count: next(took))
     both = {"eager fp32": (lambda model, _: model, 1e-3), "slow": (lambda model, _: model, 1e-3)}
     calls, ran, broken = ways.check_ways(both, model, images, [1, 4])
@@ -549,6 +567,22 @@ def test_tf32_lasts_as_long_as_a_call(ways, monkeypatch):
     assert [call(1), call(1), torch.backends.cudnn.allow_tf32] == [True, True, False]
 
 
+def test_images_that_do_not_fit_end_in_a_sentence(ways, small, monkeypatch):
+    monkeypatch.setattr(ways, "make_classifier", lambda name: small[0])
+    with pytest.raises(SystemExit, match="cannot read 1000000000000 images"):
+        ways.main(quick=True, batch_sizes=[10**12])
+
+
+def test_logits_that_are_all_zero_are_no_difference(ways, small):
+    model, images = small
+    nn.init.zeros_(model[-1].weight)
+    nn.init.zeros_(model[-1].bias)
+    _, ran, broken = ways.check_ways({"eager fp32": ways.WAYS["eager fp32"]}, model, images, [4])
+    assert (ran, broken) == (1, 0)
+    other = {"other": (lambda model, _: lambda x: model(x) + 1e-3, 1e-3)}
+    assert ways.check_ways(other, model, images, [4])[1:] == (1, 1)
+
+
 def test_an_unknown_network_is_refused_with_a_suggestion(ways):
     with pytest.raises(SystemExit, match=r"no classifier named resnet_50\. Try: .*resnet50"):
         ways.main(model_name="resnet_50")
@@ -556,7 +590,7 @@ def test_an_unknown_network_is_refused_with_a_suggestion(ways):
 
 def test_images_of_a_wrong_size_end_in_a_sentence(ways, small, monkeypatch):
     monkeypatch.setattr(ways, "make_classifier", lambda name: small[0])
-    with pytest.raises(SystemExit, match="cannot read images of SIZE = 32"):
+    with pytest.raises(SystemExit, match="cannot read 8 images of SIZE = 32"):
         ways.main(quick=True)
 
 
@@ -568,15 +602,17 @@ def test_bad_batch_sizes_are_refused(ways, text):
 
 
 # LATENCY: each way gets its calls in turn, a slow one fewer of them.
-def test_a_slow_way_gets_fewer_calls_in_turn(latency, monkeypatch):
+def test_the_ways_take_turns_once_they_are_warm(latency, monkeypatch):
     machine, order = Machine(), []
     monkeypatch.setattr(latency, "time", machine)
-    work = lambda name, seconds: lambda: (order.append(name), machine.advance(seconds))
-    calls = {"fast": work("fast", 0.01), "slow": work("slow", 0.5), "slowest": work("slowest", 9.0)}
-    times = latency.time_calls(calls, 3.0)
-    assert [len(own) for own in times.values()] == [50, 6, 5]
-    assert order[:6] == ["fast", "slow", "slowest"] * 2
-    assert times["slow"] == pytest.approx([0.5] * 6)
+
+    def work(name, seconds):
+        cold = iter([9.0, 9.0, 9.0])
+        return lambda: (order.append(name), machine.advance(next(cold, seconds)))
+
+    times = latency.time_calls({"fast": work("fast", 0.01), "slow": work("slow", 0.5)}, 20)
+    assert order[6:] == ["fast", "slow"] * 20
+    assert [*times["fast"], *times["slow"]] == pytest.approx([0.01] * 20 + [0.5] * 20)
 
 
 def test_the_percentiles_are_those_of_single_calls(latency, monkeypatch, capsys):
@@ -585,7 +621,7 @@ def test_the_percentiles_are_those_of_single_calls(latency, monkeypatch, capsys)
     monkeypatch.setattr(latency, "peak_memory", lambda call: 7.0)
     latency.measure({"way": torch.neg}, torch.ones(8), 1.0)
     assert re.search(
-        r"^way +\|   101 \|    51\.00 \|    96\.00 \| +1\.88 \| +7\.0$",
+        r"^way +\|    51\.00 \|    96\.00 \| +1\.88 \| +7\.0$",
         capsys.readouterr().out,
         re.MULTILINE,
     )

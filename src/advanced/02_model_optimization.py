@@ -89,7 +89,7 @@ def make_torchao(model, images):  # the successor of torch.ao
     return model
 
 
-FORMS = {
+FORMS = {  # channels_last: the channels of a pixel side by side; autocast(...)(f): f, under autocast
     "eager": lambda model, images: model,
     "channels_last": lambda model, images: model.to(memory_format=torch.channels_last),
     "bf16 autocast": lambda model, images: autocast(DEVICE.type, torch.bfloat16)(model.forward),
@@ -99,6 +99,7 @@ FORMS = {
     ),  # as the notes have it: deprecated, and for a CPU only
     "int8 torchao": make_torchao,
 }
+# How far a logit may be from the plain network's; fewer bits are allowed more than the order of a sum.
 ALLOWED = {"bf16 autocast": 0.5, "int8 torch.ao": 1.0, "int8 torchao": 1.0}  # elsewhere 0.001
 NOT_QUICK = ["torch.compile"]  # a C++ compiler takes longer than all the rest
 
@@ -106,6 +107,11 @@ NOT_QUICK = ["torch.compile"]  # a C++ compiler takes longer than all the rest
 def pack(model):
     torch.save(model.state_dict(), file := io.BytesIO())
     return file.getvalue()
+
+
+def packed(make):
+    """Return what check_form wants: a function that makes both, what to call and what to ship."""
+    return lambda model, images: (make(model, images), pack(model))
 
 
 # CHECK: the same test images for every form, and the reason where this machine cannot run one.
@@ -166,9 +172,10 @@ def main(quick=False):
         if quick and name in NOT_QUICK:
             print(f"{name:13} | not run: --quick leaves its compiler out")
             continue
-        changed = lambda model, images, make=make: (make(model, images), pack(model))
         allowed = ALLOWED.get(name, 1e-3)  # the batch alone moves the last bits
-        _, content, accuracy, row = check_form(changed, allowed, model, images, labels, expected)
+        _, content, accuracy, row = check_form(
+            packed(make), allowed, model, images, labels, expected
+        )
         print(f"{name:13} | {row}")
         if content:
             sizes[name] = len(content)

@@ -41,6 +41,7 @@ def find_peak():
     """Return a CUDA device's fp32 GFLOP/s: 2 for each core and tick of its clock; nan if unknown."""
     try:
         card = torch.cuda.get_device_properties(DEVICE)
+        # fp32 cores of a multiprocessor: 64 in Volta, Turing and the A100, 128 in Ampere's others and Ada
         cores = 64 if (card.major, card.minor) in [(7, 0), (7, 5), (8, 0)] else 128
         return card.multi_processor_count * cores * 2 * card.clock_rate / 1e6  # kHz
     except Exception:  # no CUDA device, or a PyTorch that does not tell its clock
@@ -96,7 +97,8 @@ def time_in_turn(calls, seconds=2.0, rounds=21):
 def compare(base, other):
     """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))  # Efron 1979
+    # Bootstrap (Efron 1979): draw the rounds again, with repeats, 1000 times. How far does the ratio move?
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
     verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
@@ -109,11 +111,7 @@ def in_words(rates):
 
 
 def compare_products(sides, sizes, **options):
-    """Print a row for each size; return {size: {side: GFLOP/s, [rounds]}} and the largest difference.
-
-    The difference is that between the sides, in parts of a product's number. A CPU beside a GPU is not
-    asked for more than CPU_MATRIX: that would take it minutes.
-    """
+    """Print a row for each size; return {size: {side: GFLOP/s, [rounds]}}, how far products differ."""
     first, second = sides
     print(f"Rows x columns | GFLOP/s (middle half) | {second}: times as fast as {first} (95 %)")
     rows, differences = {}, []
@@ -121,15 +119,15 @@ def compare_products(sides, sizes, **options):
         works = {
             side: with_threads(threads, matmul(device, size))
             for side, (device, threads) in sides.items()
-            if device == DEVICE or size <= CPU_MATRIX
+            if device == DEVICE or size <= CPU_MATRIX  # a CPU beside a GPU would need minutes
         }
-        products = [work().cpu() for work in works.values()]
-        differences.append((products[0] / products[-1] - 1).abs().max().item())
         times = time_in_turn(works, **options)
-        work = 2 * size**3 / 1e9  # a multiplication and an addition
-        rows[size] = {side: work / np.array(own) for side, own in times.items()}
+        gflop = 2 * size**3 / 1e9  # a multiplication and an addition
+        rows[size] = {side: gflop / np.array(own) for side, own in times.items()}
         words = "the CPU is not asked"
         if len(times) == 2:
+            one, other = (work().cpu() for work in works.values())
+            differences.append((one / other - 1).abs().max().item())
             words = "{:.2f} ({:.2f} to {:.2f}): {}".format(*compare(*times.values()))
         cells = " | ".join(f"{side} {in_words(own):20}" for side, own in rows[size].items())
         print(f"  {size:5} x {size:5} | {cells} | {words}")
@@ -174,7 +172,7 @@ def main(quick=False, matrix_size=None, iterations=None):
     rounds = iterations or (5 if quick else 21 if on_cpu else 100)
     seconds = 0.02 if quick else 2.0
     rows, difference = compare_products(sides, sizes, seconds=seconds, rounds=rounds)
-    side, rates = [*rows[largest].items()][-1]
+    side, rates = [*rows[largest].items()][-1]  # all threads, or the GPU
     share = np.median(rates) / find_peak()
     known = "its peak is not known" if math.isnan(share) else f"{share:.0%} of its peak"
     print(f"The largest by {side}: {np.median(rates):,.0f} GFLOP/s, {known}")

@@ -55,14 +55,6 @@ class CNN(nn.Module):
 
 
 # WORK: the same numbers on both sides; they lie on the device already when the clock starts.
-def with_threads(threads, work):
-    def call():
-        torch.set_num_threads(threads)
-        return work()
-
-    return call
-
-
 def make_work(kind, batch, device, threads):
     """Return a call that answers a batch ("Inference"), or that takes a step with it ("Training")."""
     torch.manual_seed(0)
@@ -78,7 +70,12 @@ def make_work(kind, batch, device, threads):
         return loss.detach()
 
     answer = torch.inference_mode()(lambda: model(images))
-    return with_threads(threads, {"Inference": answer, "Training": step}[kind])
+
+    def call():
+        torch.set_num_threads(threads)
+        return answer() if kind == "Inference" else step()
+
+    return call
 
 
 # MEASURE: as in 04_gpu_vs_cpu_benchmark.py.
@@ -139,16 +136,16 @@ def compare_batches(kind, sides, batches, amount):
         rows[batch] = rates, f"{ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}"
         cells = " | ".join(f"{in_words(own):25}" for own in rates.values())
         print(f"  batch {batch:4} | {cells} | {rows[batch][1]}")
-        pays = (pays or batch) if verdict == "faster" else None
+        pays = (pays or batch) if verdict == "faster" else None  # from where on always faster
     print(f"  {second}: {f'faster from batch {pays} on' if pays else 'not faster to the end'}")
     return rows, max(differences)
 
 
-# PICTURE: both axes logarithmic, so that a straight line is a constant rate of growth.
+# PICTURE: both axes logarithmic, so that doubling is the same step everywhere.
 def draw(results):
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     for axes, (kind, (rows, _)) in zip(figure.subplots(1, 2), results.items(), strict=True):
-        for side in rows[1][0]:
+        for side in next(iter(rows.values()))[0]:
             spread = [np.percentile(rates[side], [25, 50, 75]) for rates, _ in rows.values()]
             low, middle, high = np.transpose(spread)
             axes.errorbar(list(rows), middle, [middle - low, high - middle], fmt="o-", label=side)
@@ -181,14 +178,15 @@ def main(quick=False):
     sides, kinds = pick_sides(), ("Inference", "Training")
     batches, amount = ([1, 512], {"seconds": 0.02, "rounds": 5}) if quick else (BATCHES, {})
     results = {kind: compare_batches(kind, sides, batches, amount) for kind in kinds}
-    words = results["Inference"][0][512][1]
-    print(f"Batch of 512, inference: 86 in the notes, L4 against CPU; here {words}")
-    plots = ROOT / ("models/quick" if quick else "models") / "plots"
-    save(draw(results).savefig, plots / "17_where_a_gpu_pays.png")
+    batch = 512 if 512 in batches else max(batches)
+    words = results["Inference"][0][batch][1]
+    print(f"Batch of {batch}, inference: 86 in the notes for 512, L4 against CPU; here {words}")
+    folder = ROOT / ("models/quick" if quick else "models")
+    save(draw(results).savefig, folder / "plots" / "17_where_a_gpu_pays.png")
     difference = max(difference for _, difference in results.values())
     gain = words.partition("(")[2].partition(")")[0] if "GPU" in sides else "none"
     result = f"measurements = {2 * len(batches)}, largest_difference = {difference:.7f}"
-    print(f"Result: {result}, gpu_at_512 = {gain}")
+    print(f"Result: {result}, gpu_at_{batch} = {gain}")
 
 
 if __name__ == "__main__":

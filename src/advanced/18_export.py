@@ -1,4 +1,4 @@
-"""Export: hand a network to a program that knows no Python, and check that it answers alike there.
+"""Export: write a network into a file that needs no Python, and check that it answers alike.
 
 Run:    uv run src/advanced/18_export.py
 Needs:  models/mnist_cnn.pth
@@ -6,7 +6,7 @@ Makes:  models/mnist_cnn_scripted.pt, models/mnist_cnn.onnx
 Expect: forms >= 3, outside_tolerance = 0, worst_accuracy >= 98.3 %, data = MNIST
 
 A state_dict holds numbers; what to do with them is written in Python. An exported file holds both, so a
-server or a phone can run it alone. Whatever the export leaves behind, it answers otherwise: so compare.
+server or a phone can run it alone. If the export leaves something behind, the answers differ: so compare.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def load(model, path, command):
     return model.eval()
 
 
-# FORMS: each returns what to call, loaded from what is to be shipped, and what is to be shipped.
+# FORMS: each returns what to call, and what is to be shipped, from which the call was loaded.
 def eager(model, images):
     torch.save(model.state_dict(), file := io.BytesIO())
     return model, file.getvalue()
@@ -96,7 +96,7 @@ def torchscript(model, images):  # as the notes have it: deprecated
     return torch.jit.load(io.BytesIO(file.getvalue()), map_location=DEVICE), file.getvalue()
 
 
-def aot_inductor(model, images):  # compiled, for this kind of machine only
+def aot_inductor(model, images):  # compiled, for this kind of machine only; a documented _name
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/mnist_cnn.pt2"
         program = torch.export.export(model, (images[:2],), dynamic_shapes=ANY_BATCH)

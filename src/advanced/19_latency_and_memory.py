@@ -26,8 +26,8 @@ from torchvision import models
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 ON_CPU = DEVICE.type == "cpu"
-MODEL, SIZE, BATCHES = ("resnet18", 64, [1, 8]) if ON_CPU else ("resnet50", 224, [1, 8, 16, 32])
-CALLS, FEWEST, SECONDS = 50, 5, 1.0  # a slow way gets fewer calls, once it has had its seconds
+MODEL, SIZE, BATCHES = ("resnet18", 64, [1]) if ON_CPU else ("resnet50", 224, [1, 8, 16, 32])
+CALLS = 50
 
 
 # WAYS: as in 06_inference_comparison.py and 11_inference_engines.py, which check their answers.
@@ -54,11 +54,12 @@ def run_cuda_graph(model, images):  # records the kernels of a call, and starts 
 def run_onnx(model, images):
     import onnxruntime
 
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.onnx.export(model, (images[:2],), dynamic_shapes=({0: batch},), verbose=False)
     wanted = f"{DEVICE.type.upper()}ExecutionProvider"
     if wanted not in onnxruntime.get_available_providers():
         raise RuntimeError(f"this onnxruntime has no {wanted}")
+    batch = torch.export.Dim("batch", min=1, max=4096)  # without it, no other batch size fits
+    example = images[:1].repeat(2, 1, 1, 1)  # an example of one would fix the batch, too
+    program = torch.onnx.export(model, (example,), dynamic_shapes=({0: batch},), verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
     # Idle threads that spin would keep a core busy, and slow down whatever is timed next.
@@ -101,7 +102,7 @@ def make_ways(ways, model, images, batches):
         try:
             ignored = warnings.catch_warnings(action="ignore")  # TorchScript is deprecated: see 18
             with ignored, torch.inference_mode(False), torch.no_grad():
-                call = make(copy.deepcopy(model), images)
+                call = make(copy.deepcopy(model), images)  # compilers want ordinary tensors
             for batch in batches:
                 call(images[:batch])  # some compile for each size
             calls[way] = call
@@ -122,13 +123,14 @@ def time_block(call, count):
     return (time.perf_counter() - start) / count
 
 
-def time_calls(calls, seconds):
-    """Return {way: the seconds of each call}, as many as fit into seconds, from FEWEST to CALLS."""
+def time_calls(calls, count):
+    """Return {way: the seconds of each of count calls}."""
+    for call in calls.values():  # warm up
+        time_block(call, 3)
     times = {way: [] for way in calls}
-    for number in range(CALLS):
+    for _ in range(count):
         for way, call in calls.items():
-            if number < FEWEST or sum(times[way]) < seconds:
-                times[way].append(time_block(call, 1))
+            times[way].append(time_block(call, 1))
     return times
 
 
@@ -143,7 +145,7 @@ def peak_memory(call):
         from resource import RUSAGE_SELF, getrusage
 
         ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: 5 forgets the peak so far
         before = getrusage(RUSAGE_SELF).ru_maxrss
         call()
         return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2**10
@@ -152,14 +154,14 @@ def peak_memory(call):
 
 
 @torch.inference_mode()
-def measure(calls, images, seconds):
+def measure(calls, images, count):
     """Print a row for each way."""
     runs = {way: lambda call=call: call(images) for way, call in calls.items()}
-    times = time_calls(runs, seconds)
-    print(f"Batch of {len(images):4} | calls |   p50 ms |   p95 ms | p95 / p50 | peak MiB")
+    times = time_calls(runs, count)
+    print(f"Batch of {len(images):4} |   p50 ms |   p95 ms | p95 / p50 | peak MiB")
     for way, run in runs.items():
         half, late = np.percentile(times[way], [50, 95]) * 1e3
-        row = f"{way:13} | {len(times[way]):5} | {half:8.2f} | {late:8.2f} | {late / half:9.2f}"
+        row = f"{way:13} | {half:8.2f} | {late:8.2f} | {late / half:9.2f}"
         print(f"{row} | {peak_memory(run):8.1f}")
 
 
@@ -168,13 +170,13 @@ def main(quick=False):
     torch.backends.cudnn.allow_tf32 = False  # or eager fp32 would round its numbers
     torch.manual_seed(0)
     model = models.get_model(MODEL, weights=None).eval().to(DEVICE)  # random: nothing to download
-    size, seconds = (32, 0.05) if quick else (SIZE, SECONDS)
+    size, count = (32, 5) if quick else (SIZE, CALLS)
     images = torch.rand(max(BATCHES), 3, size, size, device=DEVICE)
     print(f"{MODEL}, images of {size} x {size}")
     ways = WAYS | {way: leave_out for way in NOT_QUICK if quick}
     calls = make_ways(ways, model, images, BATCHES)
     for batch in BATCHES:
-        measure(calls, images[:batch], seconds)
+        measure(calls, images[:batch], count)
     print(f"Result: ways = {len(calls)}")
 
 
