@@ -61,7 +61,7 @@ def test_the_gpu_stands_against_the_cpu(course):
     output, _ = quick_on_gpu(course, "advanced/04_gpu_vs_cpu_benchmark")
     assert re.search(r"\d% of its peak", output)
     _, result = quick_on_gpu(course, "advanced/17_where_a_gpu_pays")
-    assert re.fullmatch(r"[\d.]+ to [\d.]+", result["gpu_at_512"])
+    assert re.fullmatch(r"[\d.]+ to [\d.]+", result["gpu_at_128"])
 
 
 @pytest.mark.parametrize(

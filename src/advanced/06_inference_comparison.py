@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 ON_CPU = DEVICE.type == "cpu"
 MODEL, SIZE, BATCHES = ("resnet18", 64, [1, 8]) if ON_CPU else ("resnet50", 224, [1, 8, 16, 32])
-PATIENCE = 8  # times as slow as eager is not worth the wait
+PATIENCE = 4  # times as slow as eager is not worth the wait
 
 
 # MODEL: random weights, so nothing is downloaded; they take as long as trained ones.

@@ -125,9 +125,9 @@ def compare(base, other):
     return np.median(base) / np.median(other), low, high, verdict
 
 
-def measure(loops, images, seconds):
+def measure(loops, images, **amount):
     calls = {name: lambda loop=loop: loop(images) for name, loop in loops.items()}
-    times = time_in_turn(calls, seconds)
+    times = time_in_turn(calls, **amount)
     for before, (name, spent) in zip([None, *times.values()], times.items(), strict=False):
         low, median, high = images / np.percentile(spent, [75, 50, 25])
         row = f"  {name:30} {median:9,.0f} images/s ({low:,.0f} to {high:,.0f})"
@@ -173,7 +173,7 @@ def main(quick=False):
     models = ROOT / ("models/quick" if quick else "models")
     save(lambda file: file.write(trace), models / "07_profiling_trace.json")
     print("Each fault mended, after those before it, and compared with the line above")
-    measure(loops, len(images), 0.1 if quick else 2.0)
+    measure(loops, len(images), **({"seconds": 0.02, "rounds": 5} if quick else {}))
     print("Faults 1 and 2 mended, under the profiler")
     _, waits_after = look(lambda: well(PROFILED))
     weights = [nn.utils.parameters_to_vector(f(PROFILED)[0].parameters()) for f in (slow, well)]

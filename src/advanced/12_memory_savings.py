@@ -128,7 +128,7 @@ def compare(base, other):
 
 
 # WAYS: each against the plain one, in bytes, in the gradients, and in time.
-def compare_savings(size, seconds):
+def compare_savings(size, **amount):
     plain, recompute, reference = (DeepCNN(again).to(DEVICE) for again in (False, True, False))
     for model in (recompute, reference):
         model.load_state_dict(plain.state_dict())
@@ -139,7 +139,7 @@ def compare_savings(size, seconds):
         f"accumulation in {PARTS} parts": partial(compute_gradients, plain, *batch, PARTS),
         "bf16 autocast": partial(compute_gradients, plain, *batch, 1, True),
     }
-    times, all_kept = time_in_turn(calls, seconds), compute_gradients(reference, *batch)
+    times, all_kept = time_in_turn(calls, **amount), compute_gradients(reference, *batch)
     print(f"Gradients of {size} images       MB kept   share  difference       ms")
     for name, call in calls.items():
         kept = call()
@@ -149,7 +149,7 @@ def compare_savings(size, seconds):
     return results
 
 
-def compare_optimizers(seconds):
+def compare_optimizers(**amount):
     makers = {
         "SGD": torch.optim.SGD,
         "SGD with momentum": partial(torch.optim.SGD, momentum=0.9),
@@ -159,7 +159,7 @@ def compare_optimizers(seconds):
     compute_gradients(model, *make_images(2))
     for name, make in makers.items():
         optimizers[name] = make(model.parameters(), lr=0.0)  # the weights stay as they are
-    times = time_in_turn({name: made.step for name, made in optimizers.items()}, seconds)
+    times = time_in_turn({name: made.step for name, made in optimizers.items()}, **amount)
     print("Steps of an optimizer   bytes of state for each weight       ms")
     count = sum(parameter.numel() for parameter in model.parameters())
     for name, optimizer in optimizers.items():
@@ -175,9 +175,9 @@ def describe(spent, base):
 
 def main(quick=False):
     torch.manual_seed(0)
-    seconds = 0.1 if quick else 2.0
-    _, checkpointing, accumulation, _ = compare_savings(8 if quick else BATCH_SIZE, seconds)
-    compare_optimizers(seconds)
+    amount = {"seconds": 0.02, "rounds": 5} if quick else {}
+    _, checkpointing, accumulation, _ = compare_savings(8 if quick else BATCH_SIZE, **amount)
+    compare_optimizers(**amount)
     names = {"checkpoint": checkpointing, "accumulation": accumulation}
     results = [f"{name}_kept = {kept:.1%}" for name, (kept, _) in names.items()]
     results += [f"{name}_difference = {gap:.6f}" for name, (_, gap) in names.items()]

@@ -137,7 +137,7 @@ def show_speed(free, frozen, images, labels, epochs, seconds, rounds):
 
 
 def main(quick=False):
-    count = 128 if quick else IMAGES
+    count = 64 if quick else IMAGES
     images = torch.rand(count, 1, 28, 28, device=DEVICE)  # noise takes as long as digits do
     labels = torch.randint(CLASSES, (count,), device=DEVICE)
     same = compare_answers(images, labels)

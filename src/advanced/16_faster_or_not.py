@@ -92,7 +92,7 @@ FORMS = {
     ),
     "int8 torchao": make_torchao,
 }
-NOT_QUICK = "torch.compile", "AOTInductor"  # a C++ compiler takes longer than all the rest
+NOT_QUICK = "torch.compile", "AOTInductor", "ONNX Runtime"  # they take longer than all the rest
 
 
 @torch.inference_mode()
@@ -102,7 +102,7 @@ def make_forms(model, images, quick):
     for name, make in FORMS.items():
         try:
             if quick and name in NOT_QUICK:
-                raise RuntimeError("--quick leaves its compiler out")
+                raise RuntimeError("--quick leaves it out")
             # Compilers and quantisers want ordinary tensors, none of inference_mode's.
             ignored = warnings.catch_warnings(action="ignore")  # what is deprecated, 02 and 18 say
             with ignored, torch.inference_mode(False), torch.no_grad():

@@ -176,7 +176,7 @@ def save(write, path):
 def main(quick=False):
     torch.backends.cudnn.allow_tf32 = False  # the same precision on both sides
     sides, kinds = pick_sides(), ("Inference", "Training")
-    batches, amount = ([1, 512], {"seconds": 0.02, "rounds": 5}) if quick else (BATCHES, {})
+    batches, amount = ([1, 128], {"seconds": 0.02, "rounds": 5}) if quick else (BATCHES, {})
     results = {kind: compare_batches(kind, sides, batches, amount) for kind in kinds}
     batch = 512 if 512 in batches else max(batches)
     words = results["Inference"][0][batch][1]
