@@ -162,15 +162,15 @@ def time_ways(calls, images, **amount):
 def main(quick=False):
     logging.disable(logging.WARNING)  # the exporters' notes to their own developers
     torch.backends.cudnn.allow_tf32 = False  # or eager fp32 would round its numbers
-    batches, size = ([1, 2], 32) if quick else (BATCHES, SIZE)
+    size = 32 if quick else SIZE
     torch.manual_seed(0)
     model = models.get_model(MODEL, weights=None).eval().to(DEVICE)  # random: nothing to download
-    images = torch.rand(max(batches), 3, size, size, device=DEVICE)
+    images = torch.rand(max(BATCHES), 3, size, size, device=DEVICE)
     print(f"{MODEL}, images of {size} x {size}")
     ways = WAYS | {way: (leave_out, 0.0) for way in NOT_QUICK if quick}
-    calls, ran, broken = check_ways(ways, model, images, batches)
+    calls, ran, broken = check_ways(ways, model, images, BATCHES)
     amount = {"seconds": 0.02, "rounds": 5} if quick else {}
-    for batch in batches:
+    for batch in BATCHES:
         time_ways(calls, images[:batch], **amount)
     print(f"Result: ways = {ran}, outside_tolerance = {broken}")
 
