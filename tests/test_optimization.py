@@ -174,9 +174,8 @@ def test_every_form_is_tested(forms, exports, faster):
 
 
 def check_changed(forms, name, network):
-    make, allowed = forms.FORMS[name], forms.ALLOWED.get(name, 1e-3)
-    packed = lambda model, images: (make(model, images), forms.pack(model))
-    return forms.check_form(packed, allowed, *network), allowed
+    allowed = forms.ALLOWED.get(name, 1e-3)
+    return forms.check_form(forms.packed(forms.FORMS[name]), allowed, *network), allowed
 
 
 @pytest.mark.parametrize("name", CHANGED + EXPORTED[1:])
@@ -601,7 +600,7 @@ def test_bad_batch_sizes_are_refused(ways, text):
     assert ways.positive_numbers("8,1,8") == [1, 8]
 
 
-# LATENCY: each way gets its calls in turn, a slow one fewer of them.
+# LATENCY: each way gets its calls in turn, once it is warm.
 def test_the_ways_take_turns_once_they_are_warm(latency, monkeypatch):
     machine, order = Machine(), []
     monkeypatch.setattr(latency, "time", machine)

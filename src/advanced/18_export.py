@@ -96,7 +96,7 @@ def torchscript(model, images):  # as the notes have it: deprecated
     return torch.jit.load(io.BytesIO(file.getvalue()), map_location=DEVICE), file.getvalue()
 
 
-def aot_inductor(model, images):  # compiled, for this kind of machine only; a documented _name
+def aot_inductor(model, images):  # compiled, for this kind of machine only
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/mnist_cnn.pt2"
         program = torch.export.export(model, (images[:2],), dynamic_shapes=ANY_BATCH)
