@@ -585,7 +585,7 @@ def project(tmp_path_factory):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train([str(ROOT / "README.md")], trainer)
+    tokenizer.train([str(ROOT / "data" / "qa.jsonl")], trainer)
     torch.manual_seed(0)
     size = {"vocab_size": tokenizer.get_vocab_size(), "n_positions": 256, "n_embd": 64}
     config = GPT2Config(**size, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -867,6 +867,19 @@ def test_a_wrong_answer_is_counted(own, server, written, monkeypatch, capsys):
     own.main(url=server.url)
     share = re.search(r"agreement = ([\d.]+)%", capsys.readouterr().out)[1]
     assert float(share) < 20
+
+
+def test_an_answer_that_ends_early_agrees_as_far_as_it_goes(
+    own, server, written, monkeypatch, capsys
+):
+    early, late = "tensor tensor", "tensor tensor tensor tensor"
+    monkeypatch.setattr(own, "load_model", lambda folder: written[:2])
+    monkeypatch.setattr(own, "ask_torch", lambda *_: early)
+    monkeypatch.setattr(own, "ask_ollama", lambda *_: ("1", [late, late]))
+    own.main(url=server.url)
+    share = re.search(r"agreement = ([\d.]+)%", capsys.readouterr().out)[1]
+    common, longest = (len(written[1].encode(text)) for text in (early, late + END))
+    assert float(share) == pytest.approx(100 * common / longest, abs=0.01)
 
 
 def test_without_a_server_the_files_and_two_commands_remain(own, server, project, capsys):

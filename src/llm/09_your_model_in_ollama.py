@@ -182,7 +182,7 @@ def main(quick=False, model=None, quantize="f32", url=""):
     for question, theirs in zip(questions, answers, strict=False):
         ours = ask_torch(model, tokenizer, question, length)
         print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
-        ids = [[*tokenizer.encode(text), END] for text in (ours, theirs)]
+        ids = [tokenizer.encode(text + END) for text in (ours, theirs)]
         same, total = same + len(os.path.commonprefix(ids)), total + max(map(len, ids))
     share = f"{same / total:.2%}" if total else "not measured"
     print(f"Result: server = {version}, bytes = {path.stat().st_size:,}, agreement = {share}")
