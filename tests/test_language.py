@@ -204,6 +204,22 @@ def test_gpt2_logits_equal_those_of_transformers(pretrain):
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
 
 
+def test_the_fast_gelu_is_gelu(pretrain):
+    x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, 1e4, -1e4])])
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    results = pretrain.FastGELU.apply(ours), F.gelu(theirs, approximate="tanh")
+    weights = torch.randn_like(x)
+    torch.autograd.backward(results, [weights, weights])
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=5e-6, rtol=1e-5)
+    precise = x[::50].double().requires_grad_()
+    assert torch.autograd.gradcheck(pretrain.FastGELU.apply, precise)
+    loss = pretrain.FastGELU.apply(precise).square().sum()
+    (slope,) = torch.autograd.grad(loss, precise, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()  # there is no second derivative, rather than a wrong one
+
+
 @given(st.binary(max_size=200), st.text(max_size=50))
 def test_the_tokenizer_gives_any_text_back(data, text):
     text += data.decode("utf-8", errors="surrogateescape").encode("utf-8", "replace").decode()

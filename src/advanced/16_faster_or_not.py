@@ -92,7 +92,7 @@ FORMS = {
     ),
     "int8 torchao": make_torchao,
 }
-NOT_QUICK = "torch.compile", "AOTInductor", "ONNX Runtime"  # they take longer than all the rest
+NOT_QUICK = "torch.compile", "AOTInductor", "ONNX Runtime", "int8 torchao"  # the rest takes less
 
 
 @torch.inference_mode()
