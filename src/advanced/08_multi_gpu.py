@@ -109,7 +109,7 @@ def train(way, data, steps, rank, ranks):
 
 
 # MEASURE: in turn, as in advanced/04_gpu_vs_cpu_benchmark.py; all must take equally many steps.
-def measure(ways, data, rank, ranks, seconds, rounds=21):
+def measure(ways, data, rank, ranks, seconds, rounds):
     """Return {way: seconds per step, [rounds]}; the others wait while the first process works alone."""
     calls, times, counts = {}, {way: [] for way in ways}, torch.ones(len(ways), dtype=torch.long)
     for way in ways:
@@ -170,7 +170,7 @@ def work(quick):
     ways = [way for way in ALONE + TOGETHER if ENOUGH_GPUS or way != "DataParallel"]
     mine, steps = ways if rank == 0 else TOGETHER, 5 if quick else STEPS
     trained = {way: train(way, data, steps, rank, ranks) for way in mine}
-    times = measure(ways, data, rank, ranks, seconds=0.2 if quick else 2.0)
+    times = measure(ways, data, rank, ranks, *((0.05, 5) if quick else (2.0, 21)))
     if rank == 0:  # only the first one speaks
         show_ways(trained, times, ranks)
     dist.destroy_process_group()
