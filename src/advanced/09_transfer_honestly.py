@@ -97,8 +97,7 @@ def begin(way, backbone):
 
 
 def train(model, images, labels, rate, steps):
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(learning, fused=True)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for batch in torch.randint(len(labels), (steps, BATCH_SIZE), device=DEVICE):
         loss = F.cross_entropy(model(images[batch]), labels[batch])

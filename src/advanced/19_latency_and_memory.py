@@ -91,7 +91,7 @@ WAYS = {
     "ONNX Runtime": run_onnx,
     "TensorRT": run_tensorrt,
 }
-NOT_QUICK = "fp16 autocast", "TorchScript", "torch.compile", "ONNX Runtime"  # the rest takes less
+NOT_QUICK = "torch.compile", "ONNX Runtime"  # they take longer than all the rest
 
 
 @torch.inference_mode()
