@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = ["basics", "intermediate", "advanced", "llm"]
+PICTURES = "data/results/pictures"  # the recorded plots, which the README shows
 
 
 # CARDS
@@ -227,7 +228,7 @@ def capture_path(name, machine, root=ROOT):
 
 
 def read_capture(name, root=ROOT, on_gpu=True):
-    """Return a recorded run as (first line, output): the GPU's, if there is one and it is wanted."""
+    """Return a recorded run as (first line, output): the GPU's, if it is there and wanted."""
     file = root / "tests" / "outputs" / f"{name}.gpu.txt"
     if not on_gpu or not file.exists():
         file = file.with_name(file.name.replace(".gpu.txt", ".txt"))
