@@ -154,8 +154,10 @@ def state_of(lesson, quick=False):
     elif changed_at(lesson) > made:  # run by hand, before the lesson was changed
         return "stale", "its code is newer"
     for file in files_in(read_card(lesson)["Needs"]):
-        if changed_at(place(file, quick)) > made:
-            return "stale", f"{place(file, quick).relative_to(ROOT).as_posix()} is newer"
+        path = place(file, quick)
+        if not is_made(path) or changed_at(path) > made:
+            what = "is newer" if is_made(path) else "is missing"
+            return "stale", f"{path.relative_to(ROOT).as_posix()} {what}"
     return "done", ""
 
 
