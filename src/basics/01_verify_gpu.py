@@ -1,12 +1,12 @@
-"""Verify the GPU: know what this machine can do before you give it work.
+"""Verify the GPU: see which device your computer offers, and let it multiply two matrices.
 
 Run:    uv run src/basics/01_verify_gpu.py
 Needs:  nothing
 Makes:  nothing
 Expect: product = correct
 
-Three parts must agree before a GPU helps you: the card, its driver, and a PyTorch built for that
-driver. This lesson asks each of them, then multiplies two matrices to see that the answer is right.
+PyTorch works on every CPU. A GPU is faster, but needs three parts that fit together: a graphics
+card, its driver, and a PyTorch that was built for this driver. If one is missing, you read which.
 """
 
 import argparse
@@ -18,107 +18,84 @@ from pathlib import Path
 import torch
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}  # for each CUDA, says NVIDIA's documentation
+OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}  # for each CUDA version, from NVIDIA's website
 
 
-# LOOK: the card on its bus, the driver, and the CUDA that PyTorch was built for.
-def has_card():
-    """Look for an NVIDIA display device (vendor 10de, class 03) where Linux lists the PCI bus."""
-    for device in Path("/sys/bus/pci/devices").glob("*"):
-        vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
-        if vendor.startswith("0x10de") and kind.startswith("0x03"):
-            return True
-    return False
-
-
-def find_driver():
-    """Return the driver's version, or None, and what nvidia-smi says when it is there but fails."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, check=True, capture_output=True, text=True, timeout=20)
-        return answer.stdout.split()[0], None
-    except FileNotFoundError:
-        return None, None
-    except subprocess.CalledProcessError as error:
-        return None, (error.stdout + error.stderr).strip().partition("\n")[0]
-    except (OSError, subprocess.TimeoutExpired, IndexError) as error:
-        return None, f"no answer ({type(error).__name__})"
-
-
-def show_build(driver):
-    print("PyTorch version:   ", torch.__version__)
-    print("Built for CUDA:    ", torch.version.cuda or "no")
-    print("NVIDIA driver:     ", driver or "none found")
-    print("CUDA available:    ", torch.cuda.is_available())
-
-
-# DEVICES: every GPU that PyTorch can use, and what it offers.
+# LOOK: the device that all lessons will use.
 def show_devices():
-    print("CUDA device count: ", torch.cuda.device_count())
+    print("PyTorch version:", torch.__version__)
+    print("Device in use:  ", DEVICE)
+    print("CUDA available: ", torch.cuda.is_available())
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        print(f"GPU {index}:              {gpu.name}")
-        print(f"  memory:            {gpu.total_memory / 2**30:.1f} GiB")
+        print(f"GPU {index}:           {gpu.name}")
+        print(f"  memory:        {gpu.total_memory / 2**30:.1f} GiB")
         print(f"  compute capability {gpu.major}.{gpu.minor}")
-        print(f"  multiprocessors:   {gpu.multi_processor_count}")
-    if DEVICE.type == "cuda":
-        print("bfloat16 in hardware:", torch.cuda.is_bf16_supported(including_emulation=False))
-    print("Device in use:     ", DEVICE)
+        print(f"  multiprocessors: {gpu.multi_processor_count}")
 
 
-# ADVICE: a card that is there but cannot be used must not pass for "no GPU".
+# CHECK: multiply on the device, and again on the CPU with twice as many bits for each number.
+def check_product():
+    a, b = torch.randn(2, 256, 256)
+    # README: start
+    product = a.to(DEVICE) @ b.to(DEVICE)  # .to() copies a tensor to the device
+    expected = a.double() @ b.double()  # on the CPU
+    return torch.allclose(product.cpu().double(), expected, atol=1e-3)
+    # README: end
+
+
+# SEARCH: only if PyTorch finds no GPU. Is there one? Which of the three parts is missing?
+def find_driver():
+    """Return the driver's version or None, and what nvidia-smi says if it fails."""
+    query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+    code, words = subprocess.getstatusoutput(query)
+    if code == 127:  # this program is not installed
+        return None, None
+    if code != 0 or not words[:1].isdigit():
+        return None, words.partition("\n")[0]
+    return words.split()[0], None
+
+
+def has_card():  # Linux lists all devices. Class 3 is a display, and vendor 10DE is NVIDIA.
+    texts = [file.read_text() for file in Path("/sys/bus/pci/devices").glob("*/uevent")]
+    return any("PCI_CLASS=3" in text and "PCI_ID=10DE" in text for text in texts)
+
+
 def find_problem(driver, failure, card):
-    """Return one sentence on why the GPU that is here cannot be used, or None."""
-    if DEVICE.type != "cpu":
-        return None
+    """Return one sentence on why PyTorch cannot use the GPU, or None if there is no GPU."""
     if failure:
-        return f"nvidia-smi is here but fails: {failure}. Reboot; then check the driver's installation."
+        return f"nvidia-smi fails: {failure}. Reboot, then check how the driver was installed."
     if driver is None:
-        return "A GPU is here, but no driver. Type: scripts/setup_rhel9.sh" if card else None
-    if torch.version.cuda is None:
-        return (
-            "A GPU is here, but this PyTorch was built without CUDA. "
-            "Type: uv sync --reinstall-package torch"
-        )
-    needed = OLDEST_DRIVER.get(torch.version.cuda.split(".")[0], 0)
+        return "Your GPU has no driver. Type: scripts/setup_rhel9.sh" if card else None
+    if (cuda := torch.version.cuda) is None:
+        return "This PyTorch was built without CUDA. Type: uv sync --reinstall-package torch"
+    needed = OLDEST_DRIVER.get(cuda.split(".")[0], 0)
     if int(driver.split(".")[0]) < needed:
-        return (
-            f"Driver {driver} is too old for CUDA {torch.version.cuda}, which needs {needed} or newer. "
-            "Update the driver (scripts/setup_rhel9.sh says how)."
-        )
+        return f"Driver {driver} is too old for CUDA {cuda}, which needs {needed} or a newer one."
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return f"CUDA_VISIBLE_DEVICES={visible} may hide the GPU. Type: unset CUDA_VISIBLE_DEVICES"
     try:
         torch.cuda.init()
-        return "The driver answers, but PyTorch finds no GPU. Reboot, then run this lesson again."
-    except Exception as error:  # the CUDA runtime's own words are the best clue that is left
+    except Exception as error:  # CUDA's own words are the best clue that is left
         return f"The driver answers, but CUDA does not start: {str(error).splitlines()[0]}"
-
-
-# CHECK: one product, compared with the CPU's answer.
-def check_product():
-    torch.manual_seed(42)
-    a, b = torch.randn(256, 256), torch.randn(256, 256)
-    try:
-        product = (a.to(DEVICE) @ b.to(DEVICE)).cpu()
-    except RuntimeError as error:  # for instance a card that this build has no kernels for
-        sys.exit(f"{DEVICE} cannot multiply two matrices: {str(error).splitlines()[0]}")
-    return torch.allclose(product, a @ b, atol=1e-3)
+    return "The driver answers, but PyTorch finds no GPU. Reboot, then run this lesson again."
 
 
 def main():
-    driver, failure = find_driver()
-    show_build(driver)
     show_devices()
-    if problem := find_problem(driver, failure, has_card()):
-        sys.exit(problem)
+    product = "correct" if check_product() else "wrong"
     if DEVICE.type == "cpu":
-        print("No GPU here: every lesson runs on the CPU too, only slower.")
-    print(f"Result: device = {DEVICE}, product = {'correct' if check_product() else 'wrong'}")
+        if problem := find_problem(*find_driver(), has_card()):
+            sys.exit(problem)
+        print("This computer has no GPU. Every lesson also runs on the CPU, only slower.")
+    print(f"Result: device = {DEVICE}, product = {product}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="changes nothing: this lesson is instant")
-    cli.parse_args()
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="no effect: this lesson is short")
+    parser.parse_args()
+    try:
+        main()
+    except RuntimeError as error:  # for example, the card is too new or too old for this PyTorch
+        sys.exit(f"{DEVICE} cannot multiply two matrices: {str(error).splitlines()[0]}")
