@@ -1,16 +1,15 @@
-"""Save and load: keep what a network has learned, and get exactly that back.
+"""Save and load: keep a trained network in a file, and go on with training after a stop.
 
 Run:    uv run src/intermediate/01_save_load.py
 Needs:  nothing
-Makes:  models/simplenet.pth
-Expect: reloaded = identical, largest_error <= 0.05
+Makes:  models/simplenet.pth, models/simplenet_training.pth
+Expect: reloaded = identical, resumed = identical, largest_error <= 0.05
 
-A trained network is its numbers. Its state_dict names each tensor of them; saved to a file and
-loaded into a network of the same shape, it makes that network the same to the last bit.
+A state_dict is a dictionary with all numbers that an object has learned. If you load it into a new
+network, you get the same predictions. To go on with training, you also need the optimizer's state.
 """
 
 import argparse
-import contextlib
 import io
 import os
 import pickle
@@ -23,7 +22,10 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-EPOCHS, LEARNING_RATE, SEED = 2000, 0.01, 42
+STEPS = 2000
+STOP = 100  # after this step, the training is saved
+SEED = 42
+WORDS = {True: "identical", False: "different"}
 
 
 # MODEL: one number in, eight neurons with a ReLU, one number out.
@@ -33,115 +35,124 @@ class SimpleNet(nn.Module):
         self.layer1 = nn.Linear(1, 8)
         self.layer2 = nn.Linear(8, 1)
 
-    def forward(self, x):
-        return self.layer2(torch.relu(self.layer1(x)))
+    def forward(self, x):  # [N, 1]
+        return self.layer2(torch.relu(self.layer1(x)))  # [N, 8] -> [N, 1]
 
 
-# TRAIN: y = 2x + 1 again, from the same five points as in basics/06_training.py.
-def train(model, epochs):
-    x = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], device=DEVICE)  # [5, 1]
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    for _ in range(epochs):
-        loss = F.mse_loss(model(x), 2 * x + 1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    print(f"Trained: loss {loss.item():.4f}")
+# TRAIN: one object holds all that training needs to go on: weights, optimizer state and step.
+class Training:
+    def __init__(self):
+        self.model = SimpleNet().to(DEVICE)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        self.step = 0
+
+    # README: start
+    def state_dict(self):
+        weights = self.model.state_dict()
+        return {"model": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])  # Adam keeps two averages per weight
+        self.step = state["step"]
+
+    # README: end
+    def run(self, steps):
+        x = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], device=DEVICE)  # [5, 1]
+        losses = []
+        while self.step < steps:
+            loss = F.mse_loss(self.model(x), 2 * x + 1)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            losses.append(loss.item())
+        return losses
 
 
-# SAVE: as in basics/07_activations.py: beside the target first, so an old file survives a failure.
-def save(write, path):
-    """Let write(file) fill a new file, then rename it to path; exit with a sentence if that fails."""
+# SAVE: write a temporary file, then rename it. A crash never leaves half a checkpoint.
+def save(model, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            write(file)
+        with part.open("wb") as file:  # an open file reports a full disk as OSError
+            torch.save(model.state_dict(), file)
         part.replace(path)
-    except (OSError, RuntimeError) as error:
-        sys.exit(
-            f"Cannot write {path}: {error}. Make room or mend its permissions, then run again."
-        )
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
 
 
-# LOAD: weights_only=True reads tensors and plain containers, and never runs code from the file.
-def load(model, path, command):
-    """Load the state_dict in path into model; exit with a sentence that names the command to type."""
+# LOAD: weights_only=True reads tensors and plain containers, and runs no code from the file.
+def load(model, path, lesson):
     try:
-        state = torch.load(path, map_location=DEVICE, weights_only=True)
+        model.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
     except FileNotFoundError:
-        sys.exit(f"{path} is missing. Make it with: {command}")
-    except Exception as error:  # a damaged file can fail in a dozen ways
-        sys.exit(f"{path} is damaged ({type(error).__name__}). This makes a good one: {command}")
-    try:
-        model.load_state_dict(state)
-    except Exception as error:  # other names, other shapes, or no state_dict at all
-        sys.exit(
-            f"{path} is not this network's ({type(error).__name__}). This makes one that fits: {command}"
-        )
+        sys.exit(f"{path} is missing. Make it with: uv run {lesson}")
+    except Exception as error:  # another network's weights, or another kind of file
+        reason = f"does not hold this network's weights ({type(error).__name__})"
+        sys.exit(f"{path} {reason}. Make it with: uv run {lesson}")
     return model.eval()
 
 
-# COMPARE: every tensor of the reloaded network, bit for bit.
-def compare_tensors(model, reloaded):
-    others = reloaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        print(f"  {name:14} {tuple(tensor.shape)!s:7} equal: {torch.equal(tensor, others[name])}")
-    same = all(torch.equal(tensor, others[name]) for name, tensor in model.state_dict().items())
-    return "identical" if same else "different"
+# PREDICT: three inputs near the five points, and one far away. Only the three count as errors.
+def predict(model):
+    errors = []
+    for x in (6, 7, 10, -10):
+        y = model(torch.tensor([float(x)], device=DEVICE)).item()
+        print(f"  x = {x}: predicted {y:.2f}, expected {2 * x + 1}")
+        errors.append(abs(y - (2 * x + 1)))
+    return max(errors[:3])
 
 
-# DANGER: a pickle may name any function to call while it is read. This one only wants to print.
+# DANGER: reading a pickle file can call any function that the file names. This one only prints.
 class Trap:
     def __reduce__(self):
         return print, ("If you can read this, loading the file has run its code.",)
 
 
-def show_trap():
-    file = io.BytesIO()
-    torch.save(Trap(), file)
-    file.seek(0)
+def open_trap():
     try:
-        torch.load(file, weights_only=True)
+        torch.load(io.BytesIO(pickle.dumps(Trap(), protocol=2)), weights_only=True)
     except pickle.UnpicklingError as error:
-        print(f"A file with code in it: refused ({type(error).__name__})")
-
-
-@torch.inference_mode()
-def predict(model):
-    inputs = [6.0, 7.0, 10.0, -10.0]  # the last is far from the five points that it learned
-    predictions = model(torch.tensor(inputs, device=DEVICE)[:, None]).flatten().tolist()
-    for x, prediction in zip(inputs, predictions, strict=True):
-        print(f"  x = {x:.0f}: predicted {prediction:.2f}, expected {2 * x + 1:.0f}")
-    return max(abs(y - 2 * x - 1) for x, y in zip(inputs[:3], predictions, strict=False))
+        print(f"A file that contains code: refused ({type(error).__name__})")
 
 
 def main(quick=False, file=None):
-    command = f"uv run src/intermediate/01_save_load.py{' --quick' if quick else ''}"
-    if file:  # only load and predict: all that another program needs
-        predict(load(SimpleNet().to(DEVICE), file, command))
+    lesson = "src/intermediate/01_save_load.py" + (" --quick" if quick else "")
+    if file:  # load and predict: all that another program needs
+        predict(load(SimpleNet().to(DEVICE), file, lesson))
         return
+    models = ROOT / ("models/quick" if quick else "models")
     torch.manual_seed(SEED)
-    model = SimpleNet().to(DEVICE)
-    train(model, epochs=200 if quick else EPOCHS)
-    path = ROOT / ("models/quick" if quick else "models") / "simplenet.pth"
-    save(lambda file: torch.save(model.state_dict(), file), path)
-    reloaded = load(SimpleNet().to(DEVICE), path, command)
-    outcome = compare_tensors(model, reloaded)
-    show_trap()
-    print("Predictions of the reloaded network for y = 2x + 1")
-    print(f"Result: reloaded = {outcome}, largest_error = {predict(reloaded):.2f}")
+    training = Training()
+    training.run(STOP)
+    save(training, models / "simplenet_training.pth")
+    losses = training.run(STEPS)
+    resumed = Training()  # a new network and a new optimizer, as after a crash
+    state = torch.load(models / "simplenet_training.pth", map_location=DEVICE, weights_only=True)
+    resumed.load_state_dict(state)
+    resumed_losses = resumed.run(STEPS)
+    print("Next losses without a stop:", losses[:3])
+    print("Next losses when resumed:  ", resumed_losses[:3])
+
+    save(training.model, models / "simplenet.pth")
+    reloaded = load(SimpleNet().to(DEVICE), models / "simplenet.pth", lesson)
+    print("Tensors in the file:", ", ".join(reloaded.state_dict()))
+    error = predict(reloaded)
+    open_trap()
+    weights = nn.utils.parameters_to_vector(training.model.parameters())
+    same_weights = torch.equal(weights, nn.utils.parameters_to_vector(reloaded.parameters()))
+    same = f"reloaded = {WORDS[same_weights]}, resumed = {WORDS[losses == resumed_losses]}"
+    print(f"Result: {same}, largest_error = {error:.2f}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: 200 epochs, models/quick/")
-    cli.add_argument("--load", dest="file", type=Path, help="only load this file and predict")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, saves to models/quick/")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="only load this file and predict")
+    arguments = parser.parse_args()
     try:
-        main(**vars(cli.parse_args()))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; no file is left half-written.")
+        main(arguments.quick, arguments.load)
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
