@@ -88,13 +88,13 @@ def predict(model, images):
 def draw(model, images, labels, predicted):
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots(3, 8, subplot_kw={"xticks": [], "yticks": []}).flatten()
-    filters = model.conv1.weight.detach().cpu()[:, 0]  # [8, 3, 3]
-    limit = filters.abs().max().item()  # one color scale for all filters
+    filters = model.conv1.weight.detach().cpu().numpy()[:, 0]  # [8, 3, 3]
+    limit = abs(filters).max()  # one color scale for all filters
     for axis, weights in zip(axes[:8], filters, strict=True):
         axis.imshow(weights, cmap="coolwarm", vmin=-limit, vmax=limit)
     wrong = (predicted != labels).nonzero().flatten()[:16]
     for axis, index in zip(axes[8:], wrong, strict=False):
-        axis.imshow(images[index, 0].cpu(), cmap="gray_r")
+        axis.imshow(images[index, 0].cpu().numpy(), cmap="gray_r")
         axis.set_title(f"{labels[index]} read as {predicted[index]}", fontsize=8)
     return figure
 
