@@ -1,11 +1,15 @@
-"""The networks are the ones that the course describes: their sizes, their names, their mathematics."""
+"""The networks are the ones that the course describes: sizes, names and mathematics."""
 
-import copy
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_lesson
+from conftest import ROOT, load_lesson
+from course import read_result
 from torch import nn
 
 
@@ -18,14 +22,12 @@ def count(model):
     [
         ("basics/05_first_nn", "SimpleNeuralNetwork", (), 41),
         ("basics/06_training", "LinearNet", (), 25),
-        ("basics/07_activations", "NonLinearNet", (), 25),
         ("basics/08_classifier", "Classifier", (), 65),
         ("basics/09_mnist", "MLP", (), 109_386),
         ("intermediate/01_save_load", "SimpleNet", (), 25),
         ("intermediate/02_cnn", "CNN", (), 52_138),
         ("intermediate/02_cnn", "CNN", (5,), 51_813),
         ("intermediate/03_overfitting_dropout", "DropoutNet", (0.5,), 18_049),
-        ("intermediate/04_lr_scheduler", "SumNet", (), 97),
     ],
 )
 def test_parameter_counts(lesson, network, arguments, parameters):
@@ -49,25 +51,14 @@ def test_cnn_state_dict_has_the_names_that_others_expect():
     }
 
 
-class TextbookCNN(nn.Module):
-    """The order of the reference notes: ReLU before pooling."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
-        self.fc1, self.fc2 = nn.Linear(784, 64), nn.Linear(64, 10)
-
-    def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
-
-
-def test_pooling_before_relu_changes_nothing():
-    ours, theirs = load_lesson("intermediate/02_cnn").CNN(), TextbookCNN()
-    theirs.load_state_dict(ours.state_dict())
+def test_relu_and_pooling_may_change_places():
+    """Weights that were trained with the other order give the same logits."""
+    cnn = load_lesson("intermediate/02_cnn").CNN()
     images = torch.rand(16, 1, 28, 28)
-    torch.testing.assert_close(ours(images), theirs(images))
+    x = F.relu(F.max_pool2d(cnn.conv1(images), 2))
+    x = F.relu(F.max_pool2d(cnn.conv2(x), 2))
+    swapped = cnn.fc2(F.relu(cnn.fc1(x.flatten(1))))
+    torch.testing.assert_close(cnn(images), swapped)
 
 
 def test_two_linear_layers_are_one_straight_line():
@@ -76,6 +67,14 @@ def test_two_linear_layers_are_one_straight_line():
     y = model(x).flatten()
     torch.testing.assert_close(y[2] - y[1], y[1] - y[0])
     torch.testing.assert_close(y[3] - y[0], 100 * (y[1] - y[0]))
+
+
+def test_the_two_networks_of_activations_differ_in_the_relu_alone():
+    linear, bent = load_lesson("basics/07_activations").make_networks()
+    assert count(linear) == count(bent) == 25
+    ours = zip(linear.parameters(), bent.parameters(), strict=True)
+    assert all(torch.equal(first, second) for first, second in ours)
+    assert [type(layer) for layer in bent] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
 def test_logits_and_bce_with_logits_equal_sigmoid_and_bce():
@@ -106,25 +105,25 @@ def test_noise_labels_know_nothing_of_the_rule():
         assert agreement == pytest.approx(expected, abs=0.02)
 
 
-def test_dropout_verdict_needs_more_than_chance(capsys):
+def test_dropout_verdict_needs_more_than_chance():
     lesson = load_lesson("intermediate/03_overfitting_dropout")
-    for gains, verdict in (
+    for changes, verdict in (
         ([0.02, -0.02, 0.01, -0.01], "no difference"),
         ([0.02, 0.03, 0.02, 0.03], "dropout helps"),
         ([-0.02, -0.03, -0.02, -0.03], "dropout hurts"),
     ):
-        lesson.judge([0.5] * 4, [0.5 + gain for gain in gains])
-        assert verdict in capsys.readouterr().out
+        without = torch.full((4,), 0.5)
+        assert verdict in lesson.judge(without, without + torch.tensor(changes))
 
 
 def test_schedules_move_the_learning_rate_as_documented():
     lesson = load_lesson("intermediate/04_lr_scheduler")
     torch.manual_seed(0)
     data = lesson.make_samples(64), lesson.make_samples(64)
-    rates = {
-        name: lesson.train(lesson.SumNet().to(lesson.DEVICE), make, *data, epochs=8)
-        for name, make in lesson.SCHEDULES.items()
-    }
+    rates = {}
+    for name in lesson.SCHEDULES:
+        model = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).to(lesson.DEVICE)
+        rates[name] = lesson.train(model, name, *data, epochs=8)
     assert rates["fixed"] == [0.1] * 8
     assert rates["StepLR"] == pytest.approx([0.1] * 4 + [0.05] * 4)
     assert rates["CosineAnnealingLR"] == sorted(rates["CosineAnnealingLR"], reverse=True)
@@ -133,14 +132,112 @@ def test_schedules_move_the_learning_rate_as_documented():
     assert all(0 < rate <= 0.1 + 1e-9 for values in rates.values() for rate in values)
 
 
-def test_reloading_gives_the_same_bits_and_tells_other_ones():
+def test_a_plateau_halves_the_rate():
+    lesson = load_lesson("intermediate/04_lr_scheduler")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = lesson.make_schedule("ReduceLROnPlateau", optimizer, epochs=8)
+    rates = []
+    for loss in (3.0, 2.0, 2.0, 2.0, 1.0):
+        schedule.step(loss)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
+
+
+# SAVE AND LOAD: "identical" means every bit.
+def run_save_load(lesson, tmp_path, capsys):
+    lesson.ROOT = tmp_path
+    lesson.main(quick=True)
+    return read_result(capsys.readouterr().out)
+
+
+def test_one_other_bit_in_a_reloaded_network_is_seen(tmp_path, capsys):
     lesson = load_lesson("intermediate/01_save_load")
-    model = lesson.SimpleNet()
-    other = copy.deepcopy(model)
-    assert lesson.compare_tensors(model, other) == "identical"
-    with torch.no_grad():
-        other.layer1.bias[3] = torch.nextafter(other.layer1.bias[3], torch.tensor(9.0))
-    assert lesson.compare_tensors(model, other) == "different"
+    assert run_save_load(lesson, tmp_path, capsys)["reloaded"] == "identical"
+    load = lesson.load
+
+    def load_almost(*arguments):
+        model = load(*arguments)
+        with torch.no_grad():
+            bias = model.layer1.bias
+            bias[3] = torch.nextafter(bias[3], torch.tensor(9.0))
+        return model
+
+    lesson.load = load_almost
+    assert run_save_load(lesson, tmp_path, capsys)["reloaded"] == "different"
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "model"])
+def test_training_that_goes_on_without_a_part_of_its_state_is_seen(tmp_path, capsys, forgotten):
+    lesson = load_lesson("intermediate/01_save_load")
+    assert run_save_load(lesson, tmp_path, capsys)["resumed"] == "identical"
+
+    def load_a_part(training, state):
+        for name in {"model", "optimizer"} - {forgotten}:
+            getattr(training, name).load_state_dict(state[name])
+        training.step = state["step"]
+
+    lesson.Training.load_state_dict = load_a_part
+    assert run_save_load(lesson, tmp_path, capsys)["resumed"] == "different"
+
+
+def test_a_stopped_training_goes_on_in_a_new_process(tmp_path):
+    """Stop after 100 steps and leave; another process goes on and prints the same losses."""
+    lesson = load_lesson("intermediate/01_save_load")
+    lesson.ROOT = tmp_path
+    torch.manual_seed(lesson.SEED)
+    training = lesson.Training()
+    training.run(100)
+    lesson.save(training, tmp_path / "training.pth")
+    losses = training.run(200)
+    code = (
+        "import sys, torch; from conftest import load_lesson\n"
+        "training = load_lesson('intermediate/01_save_load').Training()\n"
+        "training.load_state_dict(torch.load(sys.argv[1], weights_only=True))\n"
+        "print(training.step, training.run(200))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-c", code, tmp_path / "training.pth"]
+    resumed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    if lesson.DEVICE.type == "cpu":
+        assert resumed.stdout == f"100 {losses}\n"
+    else:
+        assert resumed.stdout.startswith("100 [")
+
+
+def test_the_trap_springs_if_nobody_looks(capsys, monkeypatch):
+    lesson = load_lesson("intermediate/01_save_load")
+    lesson.open_trap()
+    assert "refused" in capsys.readouterr().out
+    careful = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, weights_only: careful(file, weights_only=False))
+    with pytest.raises(RuntimeError):  # after the code has run, the rest is no checkpoint
+        lesson.open_trap()
+    assert "Code from the file" in capsys.readouterr().out
+
+
+# GPU TRAINING: each of the three that stays behind is an error, and digits are not called coats.
+def test_what_stays_behind_is_an_error(capsys):
+    lesson = load_lesson("intermediate/05_gpu_training")
+    lesson.show_mistakes(torch.rand(8, 1, 28, 28), torch.zeros(8, dtype=torch.long))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all("device" in line for line in lines)
+
+
+@pytest.mark.skipif(not (ROOT / "data/MNIST/SOURCE").exists(), reason="MNIST is not in data/")
+def test_digits_are_not_called_coats(tmp_path, capsys, monkeypatch):
+    lesson = load_lesson("intermediate/05_gpu_training")
+    home = tmp_path / "data" / "FashionMNIST"
+    home.mkdir(parents=True)
+    (home / "raw").symlink_to(ROOT / "data" / "MNIST" / "raw")
+    (home / "SOURCE").write_text("5,000 digits of MNIST")
+    lesson.ROOT = tmp_path
+    monkeypatch.setattr(lesson.subprocess, "run", lambda *arguments, **options: None)
+    monkeypatch.setattr(lesson, "compare_loaders", lambda *arguments: None)
+    lesson.main(quick=True)
+    output = capsys.readouterr().out
+    assert re.search(r"Sample: a test image shows \d, predicted: \d\n", output)
+    assert output.endswith("data = 5,000 digits of MNIST\n")
 
 
 # VERIFY: the advice fits the fault.
@@ -186,3 +283,12 @@ def test_verify_gpu_tells_a_broken_driver_from_none(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert lesson.find_driver() == (None, words)
     assert words in lesson.find_problem(None, words, card=True)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho No devices were found\n")
+    assert lesson.find_driver() == (None, "No devices were found")
+
+
+def test_verify_gpu_finds_a_wrong_product(monkeypatch):
+    lesson = load_lesson("basics/01_verify_gpu")
+    assert lesson.check_product()
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor + 0.01)
+    assert not lesson.check_product()

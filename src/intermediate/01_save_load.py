@@ -26,6 +26,7 @@ STEPS = 2000
 STOP = 100  # after this step, the training is saved
 SEED = 42
 WORDS = {True: "identical", False: "different"}
+TRAP = b"cbuiltins\nprint\n(S'Code from the file has printed this.'\ntR."
 
 
 # MODEL: one number in, eight neurons with a ReLU, one number out.
@@ -105,15 +106,10 @@ def predict(model):
     return max(errors[:3])
 
 
-# DANGER: reading a pickle file can call any function that the file names. This one only prints.
-class Trap:
-    def __reduce__(self):
-        return print, ("If you can read this, loading the file has run its code.",)
-
-
+# DANGER: whoever reads a pickle file runs what it says. TRAP says: import print, then call it.
 def open_trap():
     try:
-        torch.load(io.BytesIO(pickle.dumps(Trap(), protocol=2)), weights_only=True)
+        torch.load(io.BytesIO(TRAP), weights_only=True)
     except pickle.UnpicklingError as error:
         print(f"A file that contains code: refused ({type(error).__name__})")
 

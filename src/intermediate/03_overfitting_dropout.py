@@ -1,20 +1,18 @@
-"""Overfitting and dropout: measure the gap between what a network knows by heart and what it knows.
+"""Overfitting and dropout: measure how much a network memorizes, and how much it understands.
 
 Run:    uv run src/intermediate/03_overfitting_dropout.py
 Needs:  nothing
-Makes:  models/plots/03_overfitting_dropout.png
-Expect: noise_train >= 99 %, dropout_train >= 99.5 %, noise_test <= 53 %, rule_test >= 93 %
+Makes:  models/plots/intermediate-03_overfitting_dropout.png
+Expect: noise_train >= 99%, dropout_train >= 99.5%, noise_test <= 53%, rule_test >= 93%
 
-A network with thousands of parameters can learn twenty coin tosses by heart, and will then know
-nothing about the twenty-first. The gap between training and test accuracy gives it away.
+A network with 18,049 parameters can memorize twenty coin tosses, but cannot predict the next one.
+This is overfitting: the accuracy is high on the training samples, and lower on new samples.
 """
 
 import argparse
-import contextlib
-import os
+import math
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -24,34 +22,38 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-EPOCHS, LEARNING_RATE, DROPOUT, REPEATS, SEED = 200, 1e-3, 0.5, 10, 42
-TASKS = {  # name: number of training samples, share of the labels that are tossed
+EPOCHS = 200
+LEARNING_RATE = 1e-3
+DROPOUT = 0.5  # the share of the neurons that dropout sets to zero
+REPEATS = 10  # each result is the mean of this many networks, each with its own samples
+SEED = 42
+TASKS = {  # name: (number of training samples, share of the labels that a coin decides)
     "20 coin tosses": (20, 1.0),
     "20 of the rule": (20, 0.0),
     "200 of the rule": (200, 0.0),
-    "200, 40 % tossed": (200, 0.4),
+    "200, 40% tossed": (200, 0.4),
 }
 
 
-# DATA: ten numbers to each sample. The rule labels it by its sum; noise tosses a coin instead.
+# DATA: ten random numbers. Their label is 1 if their sum is positive, but noise is the share of
+# the labels that a coin decides instead.
 def make_noisy_samples(count, noise):
-    """Return inputs [count, 10] and labels [count], of which the share called noise is tossed."""
     inputs = torch.randn(count, 10)
-    labels = (inputs.sum(dim=1) > 0).float()
+    labels = (inputs.sum(dim=1) > 0).float()  # [count]
     tossed = torch.rand(count) < noise
     labels[tossed] = torch.randint(2, (count,)).float()[tossed]
     return inputs.to(DEVICE), labels.to(DEVICE)
 
 
-# MODEL: dropout sets half of the neurons to zero, others at each step, so that none can rely on
-# another. model.eval() switches it off. With dropout=0 it does nothing.
+# MODEL: in training, dropout sets random neurons to zero, so that none can rely on another one.
+# README: start
 class DropoutNet(nn.Module):
     def __init__(self, dropout):
         super().__init__()
         self.fc1 = nn.Linear(10, 128)
         self.fc2 = nn.Linear(128, 128)
         self.fc3 = nn.Linear(128, 1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)  # model.eval() switches it off
 
     def forward(self, x):  # [N, 10]
         x = self.dropout(F.relu(self.fc1(x)))  # [N, 128]
@@ -59,109 +61,89 @@ class DropoutNet(nn.Module):
         return self.fc3(x).squeeze(1)  # [N], logits
 
 
-# TRAIN: all samples at once, far longer than they deserve.
-def train(model, inputs, labels, epochs):
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    model.train()
-    for _ in range(epochs):
-        loss = F.binary_cross_entropy_with_logits(model(inputs), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-# EVALUATE: on the samples that it learned, and on as many new ones as make a steady percentage.
+# README: end
 @torch.inference_mode()
 def evaluate(model, inputs, labels):
     model.eval()
     return ((model(inputs) > 0) == labels).float().mean().item()
 
 
-# COMPARE: one network is an anecdote, so every number is a mean over REPEATS data sets.
-def measure(count, noise, dropout, epochs, repeats):
-    """Return the train and the test accuracies [repeats] of networks trained on count samples."""
-    train_accuracies, test_accuracies = [], []
-    for seed in range(SEED, SEED + repeats):
+# TRAIN: each seed gives the same training samples and first weights, with dropout or without.
+def train_and_evaluate(count, noise, dropout, quick):
+    accuracies = []
+    for seed in tqdm(range(SEED, SEED + (3 if quick else REPEATS)), leave=False, disable=None):
         torch.manual_seed(seed)
-        samples, model = make_noisy_samples(count, noise), DropoutNet(dropout).to(DEVICE)
-        train(model, *samples, epochs)
-        train_accuracies.append(evaluate(model, *samples))
-        test_accuracies.append(evaluate(model, *make_noisy_samples(2000, noise)))
-    return train_accuracies, test_accuracies
+        inputs, labels = make_noisy_samples(count, noise)
+        model = DropoutNet(dropout).to(DEVICE)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+        for _ in range(30 if quick else EPOCHS):  # each step uses all samples
+            loss = F.binary_cross_entropy_with_logits(model(inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        training_accuracy = evaluate(model, inputs, labels)
+        test_accuracy = evaluate(model, *make_noisy_samples(2000, noise))  # new samples
+        accuracies.append([training_accuracy, test_accuracy])
+    return torch.tensor(accuracies)  # [repeats, 2]
 
 
-def judge(plain, dropped):
-    """Say whether dropout changed the test accuracy, by more than twice the standard error."""
-    gains = [after - before for before, after in zip(plain, dropped, strict=True)]
-    error = stdev(gains) / len(gains) ** 0.5
+# COMPARE: a change of the test accuracy counts if it is larger than twice its standard error.
+def judge(without, with_dropout):
+    changes = with_dropout - without  # [repeats]
+    mean = changes.mean()
+    margin = 2 * changes.std() / math.sqrt(len(changes))
     verdict = "no difference"
-    if abs(mean(gains)) > 2 * error:
-        verdict = "dropout helps" if mean(gains) > 0 else "dropout hurts"
-    print(f"  dropout changes the test by {mean(gains):+.1%} ± {2 * error:.1%}: {verdict}")
+    if abs(mean) > margin:
+        verdict = "dropout helps" if mean > 0 else "dropout hurts"
+    return f"dropout changes the test accuracy by {mean:+.1%} ± {margin:.1%}: {verdict}"
 
 
-# PICTURE: solid is the test, pale is what the training claimed.
+# PICTURE: a bar from the test accuracy to the training accuracy. A long bar is overfitting.
 def draw(results):
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    figure = Figure(figsize=(8, 3.5), layout="constrained", dpi=120)
     axes = figure.subplots()
-    for place, (train_accuracies, test_accuracies) in enumerate(results.values()):
-        colour = f"C{place % 2}"
-        axes.bar(place, mean(train_accuracies), color=colour, alpha=0.3)
-        axes.bar(place, mean(test_accuracies), yerr=stdev(test_accuracies), color=colour)
-    axes.set_xticks(range(len(results)), [f"{task}\n{name}" for task, name in results], fontsize=6)
-    axes.set_ylabel("accuracy: pale train, solid test")
+    for row, ((_, name), accuracies) in enumerate(results.items()):
+        training, test = accuracies.mean(dim=0)
+        color = "#F08C2E" if name == "dropout" else "#78818D"
+        axes.barh(row, training - test, 0.3, left=test, color=color, alpha=0.4)
+        axes.errorbar(test, row, xerr=accuracies[:, 1].std(), fmt="o", color=color)
+    axes.axvline(0.5, color="gray", ls="--")
+    axes.set_yticks(range(len(results)), [f"{task}, {name}" for task, name in results])
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy on new samples (circle) and on training samples (end of the bar)")
     return figure
-
-
-# SAVE: as in basics/07_activations.py.
-def save(write, path):
-    """Let write(file) fill a new file, then rename it to path; exit with a sentence if that fails."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            write(file)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        sys.exit(
-            f"Cannot write {path}: {error}. Make room or mend its permissions, then run again."
-        )
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-    print(f"Saved {path.relative_to(ROOT).as_posix()}")
 
 
 def main(quick=False):
     results = {}
-    for task, (count, noise) in tqdm(TASKS.items(), leave=False, disable=None):
-        tqdm.write(task)
+    for task, (count, noise) in TASKS.items():
+        print(task)
         for name, dropout in {"no dropout": 0.0, "dropout": DROPOUT}.items():
-            outcome = measure(
-                count, noise, dropout, 30 if quick else EPOCHS, 3 if quick else REPEATS
-            )
-            results[task, name] = outcome
-            train_mean, test_mean = mean(outcome[0]), mean(outcome[1])
-            tqdm.write(
-                f"  {name:10} train {train_mean:6.1%} | test {test_mean:6.1%} "
-                f"± {stdev(outcome[1]):.1%} | gap {train_mean - test_mean:6.1%}"
-            )
-        judge(results[task, "no dropout"][1], results[task, "dropout"][1])
-    models = ROOT / ("models/quick" if quick else "models")
-    save(draw(results).savefig, models / "plots" / "03_overfitting_dropout.png")
-    noise_train, noise_test = map(mean, results["20 coin tosses", "no dropout"])
-    dropout_train = mean(results["200 of the rule", "dropout"][0])
-    rule_test = mean(results["200 of the rule", "no dropout"][1])
-    print(
-        f"Result: noise_train = {noise_train:.1%}, dropout_train = {dropout_train:.1%}, "
-        f"noise_test = {noise_test:.1%}, rule_test = {rule_test:.1%}"
-    )
+            accuracies = train_and_evaluate(count, noise, dropout, quick)
+            training, test = accuracies.mean(dim=0)
+            spread = f"{test:6.1%} ± {accuracies[:, 1].std():.1%}"
+            print(f"  {name:10} train {training:6.1%} | test {spread} | gap {training - test:6.1%}")
+            results[task, name] = accuracies
+        print(" ", judge(results[task, "no dropout"][:, 1], results[task, "dropout"][:, 1]))
+
+    path = ROOT / ("models/quick/plots" if quick else "models/plots")
+    path = path / "intermediate-03_overfitting_dropout.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(results).savefig(path.with_suffix(".part"), format="png")
+    path.with_suffix(".part").replace(path)  # a crash never leaves half a picture
+    print(f"Saved {path.relative_to(ROOT).as_posix()}")
+    noise_train, noise_test = results["20 coin tosses", "no dropout"].mean(dim=0)
+    dropout_train, _ = results["200 of the rule", "dropout"].mean(dim=0)
+    _, rule_test = results["200 of the rule", "no dropout"].mean(dim=0)
+    train_result = f"noise_train = {noise_train:.1%}, dropout_train = {dropout_train:.1%}"
+    print(f"Result: {train_result}, noise_test = {noise_test:.1%}, rule_test = {rule_test:.1%}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: 30 epochs, 3 repeats")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, saves to models/quick/")
+    arguments = parser.parse_args()
     try:
-        main(**vars(cli.parse_args()))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; no file is left half-written.")
+        main(arguments.quick)
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
