@@ -174,7 +174,7 @@ KINDS += ["model and optimizer", "a whole model", "TorchScript", "malicious"]
 KINDS += ["cut at 1", "cut at 100", "cut at 1000", "cut at 2000"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_spoiled_checkpoint_ends_with_a_true_sentence(tmp_path, kind):
     lesson, path = load_lesson("intermediate/01_save_load"), tmp_path / "spoiled.pth"
