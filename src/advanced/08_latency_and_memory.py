@@ -1,12 +1,12 @@
-"""Latency and memory: how long one request waits for its answer, and what the answer takes.
+"""Latency and memory: measure how long one request waits, and the memory that its answer needs.
 
-Run:    uv run src/advanced/19_latency_and_memory.py
+Run:    uv run src/advanced/08_latency_and_memory.py
 Needs:  nothing
 Makes:  nothing
-Expect: ways >= 6
+Expect: engines >= 3
 
-Images a second are counted over a full queue; who sends a request waits for that one alone. Half of all
-calls take p50 or less, one in twenty takes longer than p95: people remember the second number.
+Throughput counts images per second. A user who waits for an answer cares about latency instead.
+Half of all calls take p50 or less. One in twenty takes longer than p95, and users remember those.
 """
 
 import argparse
@@ -21,48 +21,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import autocast
 from torchvision import models
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-ON_CPU = DEVICE.type == "cpu"
-MODEL, SIZE, BATCHES = ("resnet18", 64, [1]) if ON_CPU else ("resnet50", 224, [1, 8, 16, 32])
+MODEL = "resnet18" if DEVICE.type == "cpu" else "resnet50"
+SIZE = 64 if DEVICE.type == "cpu" else 224  # pixels on each side
+BATCH_SIZES = [1] if DEVICE.type == "cpu" else [1, 8, 32]
 CALLS = 50
+ENGINES = ["eager", "torch.compile", "ONNX Runtime", "CUDA graphs", "TensorRT"]
+SLOW_TO_MAKE = ["torch.compile", "ONNX Runtime"]
 
 
-# WAYS: as in 06_inference_comparison.py and 11_inference_engines.py, which check their answers.
-def run_tf32(model, images):  # CUDA rounds the factors in convolutions to 10 bits
-    if DEVICE.type != "cuda":
-        raise RuntimeError("needs a CUDA device")
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=True)(lambda x: model(x))
-
-
-def need_cuda():
-    if DEVICE.type != "cuda":
-        raise RuntimeError("needs a CUDA device")
-
-
-def leave_out(model, images):
-    raise RuntimeError("--quick leaves it out")
-
-
-def run_cuda_graph(model, images):  # records the kernels of a call, and starts them all at one go
-    need_cuda()
-    return torch.compile(model, backend="cudagraphs", dynamic=False)
-
-
+# ENGINES: each is a function from images to logits. advanced/07 compares their answers.
 def run_onnx(model, images):
     import onnxruntime
 
     wanted = f"{DEVICE.type.upper()}ExecutionProvider"
     if wanted not in onnxruntime.get_available_providers():
         raise RuntimeError(f"this onnxruntime has no {wanted}")
-    batch = torch.export.Dim("batch", min=1, max=4096)  # without it, no other batch size fits
-    example = images[:1].repeat(2, 1, 1, 1)  # an example of one would fix the batch, too
+    batch = torch.export.Dim("batch", min=1, max=4096)  # accept 1 to 4,096 images
+    example = images[:1].repeat(2, 1, 1, 1)  # an example of one image would fix the batch size
     program = torch.onnx.export(model, (example,), dynamic_shapes=({0: batch},), verbose=False)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # no more than PyTorch has
-    # Idle threads that spin would keep a core busy, and slow down whatever is timed next.
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Idle threads sleep, so they do not slow the other engines.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=[wanted])
@@ -70,120 +52,105 @@ def run_onnx(model, images):
     return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
 
 
-def run_tensorrt(model, images):
-    need_cuda()
-    import torch_tensorrt
+def make_engine(engine, model, images):
+    if engine in ("CUDA graphs", "TensorRT") and DEVICE.type != "cuda":
+        raise RuntimeError("needs a CUDA device")
+    match engine:
+        case "eager":  # Python calls one operation after the other
+            return model
+        case "torch.compile":
+            return torch.compile(model, dynamic=False)
+        case "ONNX Runtime":
+            return run_onnx(model, images)
+        case "CUDA graphs":  # records all kernels of a call, and starts them together
+            return torch.compile(model, backend="cudagraphs", dynamic=False)
+        case "TensorRT":
+            import torch_tensorrt
 
-    sizes = {"min_shape": images[:1].shape, "opt_shape": images.shape, "max_shape": images.shape}
-    inputs = [torch_tensorrt.Input(**sizes, dtype=torch.float32)]
-    return torch_tensorrt.compile(model, ir="dynamo", inputs=inputs)
-
-
-WAYS = {
-    "eager fp32": lambda model, images: model,
-    "TF32": run_tf32,
-    "fp16 autocast": lambda model, images: autocast(DEVICE.type, torch.float16)(model.forward),
-    "bf16 autocast": lambda model, images: autocast(DEVICE.type, torch.bfloat16)(model.forward),
-    "channels_last": lambda model, images: model.to(memory_format=torch.channels_last),
-    "TorchScript": lambda model, images: torch.jit.script(model),
-    "torch.compile": lambda model, images: torch.compile(model, dynamic=False),
-    "CUDA graphs": run_cuda_graph,
-    "ONNX Runtime": run_onnx,
-    "TensorRT": run_tensorrt,
-}
-NOT_QUICK = "torch.compile", "ONNX Runtime"  # they take longer than all the rest
+            return torch_tensorrt.compile(model, ir="dynamo", inputs=[images])
 
 
-@torch.inference_mode()
-def make_ways(ways, model, images, batches):
-    """Return {way: what to call} for those that run here; print why the others do not."""
+def make_engines(model, images, quick):
+    """Return {engine: function} for those that run here, and print why the others do not."""
     calls = {}
-    for way, make in ways.items():
+    for engine in ENGINES:
         try:
-            ignored = warnings.catch_warnings(action="ignore")  # TorchScript is deprecated: see 18
-            with ignored, torch.inference_mode(False), torch.no_grad():
-                call = make(copy.deepcopy(model), images)  # compilers want ordinary tensors
-            for batch in batches:
-                call(images[:batch])  # some compile for each size
-            calls[way] = call
-        except Exception as error:
-            print(f"{way:13} | not run: {type(error).__name__}: {error}".partition("\n")[0][:99])
+            if quick and engine in SLOW_TO_MAKE:
+                raise RuntimeError("--quick leaves it out")
+            call = make_engine(engine, copy.deepcopy(model), images)
+            for batch_size in BATCH_SIZES:  # some engines compile for each size
+                call(images[:batch_size])
+            calls[engine] = call
+        except Exception as error:  # no package, no compiler, or no GPU
+            reason = str(error).partition("\n")[0][:70]
+            print(f"{engine:13} | not run: {type(error).__name__}: {reason}")
     return calls
 
 
-# MEASURE: single calls, in turn; time_block as in 04_gpu_vs_cpu_benchmark.py.
-def time_block(call, count):
-    """Return the seconds that each of count calls takes."""
-    synchronize = torch.get_device_module(DEVICE).synchronize  # a GPU works on after a call is back
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / count
-
-
-def time_calls(calls, count):
-    """Return {way: the seconds of each of count calls}."""
-    for call in calls.values():  # warm up
-        time_block(call, 3)
-    times = {way: [] for way in calls}
-    for _ in range(count):
-        for way, call in calls.items():
-            times[way].append(time_block(call, 1))
+# MEASURE: the time of single calls, because a user waits for a single call.
+# README: start
+def time_calls(calls, images):
+    """Return {engine: the seconds of each call}. The engines take turns (advanced/05)."""
+    synchronize = torch.get_device_module(DEVICE).synchronize  # waits until a GPU has finished
+    times = {engine: [] for engine in calls}
+    for _ in range(CALLS):
+        for engine, call in calls.items():
+            start = time.perf_counter()
+            call(images)
+            synchronize()
+            times[engine].append(time.perf_counter() - start)
     return times
 
 
-def peak_memory(call):
-    """Return the MiB that a call needs at its peak on top of what was there; nan if nobody counts."""
+# README: end
+def measure_peak_memory(call, images):
+    """Return the MiB that a call needs in addition, at its peak; nan if the system cannot tell."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        call(images)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         from resource import RUSAGE_SELF, getrusage
 
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: 5 forgets the peak so far
+        ctypes.CDLL(None).malloc_trim(0)  # gives free memory back to Linux
+        Path("/proc/self/clear_refs").write_text("5")  # 5: forget the peak so far
         before = getrusage(RUSAGE_SELF).ru_maxrss
-        call()
+        call(images)
         return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2**10
-    except (ImportError, OSError, AttributeError, TypeError):
+    except (ImportError, OSError, AttributeError, TypeError):  # not Linux
         return math.nan
 
 
-@torch.inference_mode()
-def measure(calls, images, count):
-    """Print a row for each way."""
-    runs = {way: lambda call=call: call(images) for way, call in calls.items()}
-    times = time_calls(runs, count)
+def measure(calls, images):
+    times = time_calls(calls, images)
     print(f"Batch of {len(images):4} |   p50 ms |   p95 ms | p95 / p50 | peak MiB")
-    for way, run in runs.items():
-        half, late = np.percentile(times[way], [50, 95]) * 1e3
-        row = f"{way:13} | {half:8.2f} | {late:8.2f} | {late / half:9.2f}"
-        print(f"{row} | {peak_memory(run):8.1f}")
+    for engine, call in calls.items():
+        p50, p95 = np.percentile(times[engine], [50, 95]) * 1e3
+        peak = measure_peak_memory(call, images)
+        print(f"{engine:13} | {p50:8.2f} | {p95:8.2f} | {p95 / p50:9.2f} | {peak:8.1f}")
 
 
+@torch.no_grad()
 def main(quick=False):
-    logging.disable(logging.WARNING)  # the exporters' notes to their own developers
-    torch.backends.cudnn.allow_tf32 = False  # or eager fp32 would round its numbers
-    torch.manual_seed(0)
-    model = models.get_model(MODEL, weights=None).eval().to(DEVICE)  # random: nothing to download
-    size, count = (32, 5) if quick else (SIZE, CALLS)
-    images = torch.rand(max(BATCHES), 3, size, size, device=DEVICE)
+    logging.disable(logging.WARNING)  # hide messages from the exporters
+    warnings.simplefilter("ignore")
+    torch.backends.cudnn.allow_tf32 = False  # use full float32 precision on a GPU
+    model = models.get_model(MODEL, weights=None).eval().to(DEVICE)  # random weights take as long
+    size = 32 if quick else SIZE
+    images = torch.rand(max(BATCH_SIZES), 3, size, size, device=DEVICE)
     print(f"{MODEL}, images of {size} x {size}")
-    ways = WAYS | {way: leave_out for way in NOT_QUICK if quick}
-    calls = make_ways(ways, model, images, BATCHES)
-    for batch in BATCHES:
-        measure(calls, images[:batch], count)
-    print(f"Result: ways = {len(calls)}")
+    calls = make_engines(model, images, quick)
+    for batch_size in BATCH_SIZES:
+        measure(calls, images[:batch_size])
+    print(f"Result: engines = {len(calls)}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: tiny images, no compilers")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test without compilers")
+    arguments = parser.parse_args()
     try:
-        main(**vars(cli.parse_args()))
+        main(arguments.quick)
     except KeyboardInterrupt:
         sys.exit("Stopped.")
