@@ -28,6 +28,21 @@ find_engine() { # podman, docker that works, or ollama
     fi
 }
 
+started() { # when a process was started: a later process of the same number has another time
+    if [ -r "/proc/$1/stat" ]; then
+        sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20
+    else
+        ps -o lstart= -p "$1" 2>/dev/null
+    fi
+}
+
+stop_serving() { # end the process that the pid file names, if it is the one that start has started
+    local pid time
+    { read -r pid && read -r time; } 2>/dev/null <"$home/serve.pid" || return 1
+    rm -f "$home/serve.pid"
+    [[ "$pid" =~ ^[0-9]+$ && -n "$time" ]] && [ "$(started "$pid")" = "$time" ] && kill "$pid"
+}
+
 exists() { "$engine" container inspect ollama >/dev/null 2>&1; }
 
 make_container() {
@@ -67,7 +82,7 @@ start() {
         mkdir -p "$home" || die "Cannot make $home."
         say "Starting the ollama that is installed here; it writes to $home/serve.log."
         OLLAMA_HOST=127.0.0.1:11434 nohup ollama serve >>"$home/serve.log" 2>&1 &
-        echo $! >"$home/serve.pid"
+        printf '%s\n' $! "$(started $!)" >"$home/serve.pid"
     elif exists; then
         if "$engine" port ollama 2>/dev/null | grep -qv '> 127.0.0.1:'; then
             die "The container ollama is open to the network. Remove it (models stay): $engine rm --force ollama"
@@ -86,6 +101,7 @@ start() {
     done
     if [ "$engine" = ollama ]; then
         tail -n 5 "$home/serve.log" >&2
+        stop_serving
     else
         "$engine" logs --tail 5 ollama >&2
     fi
@@ -95,11 +111,10 @@ start() {
 stop() {
     engine=$(find_engine) || exit 1
     if [ "$engine" = ollama ]; then
-        pid=$(cat "$home/serve.pid" 2>/dev/null)
-        if [[ "$pid" =~ ^[0-9]+$ ]] && grep -qa ollama "/proc/$pid/cmdline" 2>/dev/null; then
-            kill "$pid" && rm -f "$home/serve.pid" && say "Stopped ollama, process $pid."
+        if stop_serving; then
+            say "Stopped ollama."
         else
-            say "No ollama that this script has started is running."
+            say "No ollama that this script started is running."
         fi
     elif exists; then
         "$engine" stop ollama >/dev/null || die "$engine could not stop the container ollama."

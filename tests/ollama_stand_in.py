@@ -1,15 +1,17 @@
 """A stand-in for Ollama, for machines that have none: its API, a real small model, and every fault.
 
-    uv run tests/ollama_stand_in.py --port 11434    # serves models/gpt2_mini under the name tinyllama
+    uv run tests/ollama_stand_in.py --model models/smollm2    # served under the name smollm2
 
-It listens on 127.0.0.1 only, and its version says what it is. The shapes of its answers follow Ollama's
-published API; tests/test_serving.py compares them with it field by field. `fault` makes it misbehave.
+It listens on 127.0.0.1 only, and its version says what it is. Its answers and refusals follow a
+real Ollama of May 2026; tests/test_serving.py holds both to the same shapes. What it cannot do, it
+refuses. `fault` makes it misbehave.
 """
 
 import argparse
 import hashlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -18,97 +20,171 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 VERSION = "0.0.0-stand-in"
+JSON = "application/json; charset=utf-8"
 BLOB = re.compile(r"/api/blobs/(sha256:[0-9a-f]{64})")
 NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)*(:[\w.-]+)?")
-TOO_LONG = (
-    "the prompt is longer than the context length currently available to the model; shorten the "
-    "prompt, adjust the context length in settings, or use a model with a longer context length"
-)
+TOO_LONG = "the input length exceeds the context length"
+CONTEXT = 4096  # Ollama's num_ctx on a machine without a GPU, unless the model has less
+KEEP = 4  # its num_keep: tokens at the beginning that stay when the context is full
+REPEATS = 30  # an answer that repeats a piece more often ends at once, without a last part
+OPTIONS = {  # those that are checked; Ollama ignores names that it does not know
+    "num_predict": "integer",
+    "num_ctx": "integer",
+    "seed": "integer",
+    "temperature": "float32",
+    "stop": "an array",
+}
+KINDS = {"integer": int, "float32": int | float, "an array": list}
+CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+FOLDERS = [
+    "Llama",
+    "Mixtral",
+    "Gemma",
+    "Gemma2",
+    "Gemma3",
+    "Phi3",
+    "Qwen2",
+    "Cohere",
+    "GptOss",
+    "Lfm2",
+]
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+KNOWN = {  # the rules that Ollama knows when it imports a folder, by their SHA-256: Llama 3, Qwen2
+    "d98f9631be1e9607a9848c26c1f9eac1aa9fc21ac6ba82a2fc0741af9780a48f",
+    "1ff7f41064896984db5d1bb6ff64fa4bc29007d08c1b439e505b7392777a319e",
+}
+SPLITS = {  # how llama.cpp splits a text into words; for other kinds it is as in the tokenizer
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"],
+    "smollm": [r"\p{N}", WORDS],
+}
+
+
+class Refusal(Exception):
+    """A status and an error, to be sent in the place of an answer."""
 
 
 # MODELS: one that repeats words, for tests of the client, and a real one, for tests of the answers.
 class Echo:
     """Answers with what it was asked; its tokens are words."""
 
-    family, size, context, load_seconds = "echo", 1_000_000, 4096, 0
-    thinking = ""  # said before the answer, as reasoning models do
+    family, size, context, load_seconds = "echo", 1_000_000, CONTEXT, 0
+    thinking = chat = ""  # said before the answer, as reasoning models do
 
-    def count(self, text):
-        return len(text.split())
+    def load(self):
+        time.sleep(self.load_seconds)
 
-    def cut(self, text, length):
-        return " ".join(text.split()[-length:])
+    def encode(self, text):
+        return text.split()
 
-    def answer(self, prompt, options):
+    def answer(self, ids, options):
         length = options.get("num_predict", -1)
-        yield from re.findall(r"\s*\S+", f"You said: {prompt}")[: length if length >= 0 else None]
+        text = f"You said: {' '.join(ids)}"
+        yield from re.findall(r"\s*\S+", text)[: length if length > 0 else None]
 
 
 IMPORTING = threading.Lock()  # two threads that import transformers at once get in each other's way
 
 
-class Gpt2:
-    """GPT-2 from a Hugging Face folder, or from a GGUF file as transformers reads it."""
+class CausalModel:
+    """A language model in a Hugging Face folder or a GGUF file, as transformers reads it."""
 
-    family, load_seconds, thinking = "gpt2", 0, ""
+    thinking = ""
 
-    def __init__(self, path):
-        self.path, self.lock, self.model = Path(path), threading.Lock(), None
-        files = [self.path] if self.path.is_file() else list(self.path.iterdir())
-        self.size = sum(file.stat().st_size for file in files)
+    def __init__(self, path, imported=False):
+        """imported: as Ollama converts a folder, which is not in all as transformers reads it."""
+        self.path, self.imported, self.model = Path(path), imported, None
+        self.lock = threading.Lock()
+        if self.path.is_file():
+            self.fields = read_fields(self.path)
+            self.family = self.fields["general.architecture"]
+            self.chat = self.fields.get("tokenizer.chat_template", "")
+            length = self.fields.get(f"{self.family}.context_length", CONTEXT)
+            self.size = self.path.stat().st_size
+        else:
+            self.config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            self.family = self.config["model_type"]
+            template = self.path / "chat_template.jinja"  # Ollama does not read this file
+            read = template.exists() and not imported
+            self.chat = template.read_text(encoding="utf-8") if read else ""
+            length = self.config.get("max_position_embeddings") or self.config["n_positions"]
+            self.size = sum(file.stat().st_size for file in self.path.iterdir())
+        self.context = min(length, CONTEXT)
 
     def load(self):
         with IMPORTING:
             import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with self.lock:
             if self.model is not None:
                 return
-            options, folder = {}, self.path
+            folder, options, split = self.path, {}, ""
             if self.path.is_file():
-                fields = read_fields(self.path)
-                shape = {
-                    theirs: fields[f"gpt2.{ours}"]
-                    for theirs, ours in {
-                        "n_positions": "context_length",
-                        "n_embd": "embedding_length",
-                        "n_layer": "block_count",
-                        "n_head": "attention.head_count",
-                        "layer_norm_epsilon": "attention.layer_norm_epsilon",
-                    }.items()
-                }
-                size = len(fields["tokenizer.ggml.tokens"])
-                ends = {f"{end}_token_id": fields[f"tokenizer.ggml.{end}_token_id"] for end in BE}
                 folder, options = self.path.parent, {"gguf_file": self.path.name}
-                self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-                options["config"] = GPT2Config(vocab_size=size, **shape, **ends)
-            else:
-                self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            options["dtype"] = torch.float32
-            self.model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-            self.context = self.model.config.n_positions
+                split = self.fields.get("tokenizer.ggml.pre", "default")
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            if self.imported and not self.knows_words():
+                split = "default"
+            if split in SPLITS:
+                self.split_words(SPLITS[split])
+            if self.family == "gpt2" and self.path.is_file():
+                options["config"] = gpt2_config(self.fields)  # not GPT-2 small's, as transformers
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            if self.imported:
+                self.convert(model)
+            self.model = model.eval()
 
-    def count(self, text):
-        return len(self.tokenizer(text)["input_ids"])
+    def knows_words(self):
+        """True if Ollama knows by which rule the tokenizer of a folder splits a text into words."""
+        own = json.loads(self.tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+        parts = own.get("pretokenizers", [])
+        patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
+        return hashlib.sha256("".join(patterns).encode()).hexdigest() in KNOWN
 
-    def cut(self, text, length):
-        return self.tokenizer.decode(self.tokenizer(text)["input_ids"][-length:])
+    def split_words(self, patterns):
+        from tokenizers import Regex, pre_tokenizers
 
-    def answer(self, prompt, options):
-        """Yield text as it becomes certain: whole characters, and no beginning of a stop word."""
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        split = pre_tokenizers.Sequence(
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        self.tokenizer.backend_tokenizer.pre_tokenizer = split
+
+    def convert(self, model):
+        """Round matrices to 16 bits; take rope_theta from the top of config.json, or 10,000."""
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.half().float()
+        if getattr(model.config, "rope_parameters", None):
+            model.config.rope_parameters["rope_theta"] = self.config.get("rope_theta", 10_000.0)
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def answer(self, ids, options):
+        """Yield (text, tokens so far) as text becomes certain: no half a letter or stop word.
+
+        Return why the answer ended: "stop" or "length".
+        """
         import torch
 
-        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        room = self.context - ids.shape[1]
-        length = options.get("num_predict", -1)
-        length = room if length < 0 else min(length, room)
+        context = min(options.get("num_ctx", self.context), self.context)
+        limit = options.get("num_predict", -1)
+        limit = 10 * context if limit < 0 else min(limit, 10 * context)
         temperature, stops = options.get("temperature", 0.8), options.get("stop") or []
         dice = torch.Generator().manual_seed(max(0, options.get("seed", 0)))
-        made, shown, past = [], 0, None
-        for _ in range(length):
+        seen, made, shown, past, text = list(ids), [], 0, None, ""
+        inputs = seen
+        while not limit or len(made) < limit:
+            if len(seen) > context:  # forget the older half
+                seen = seen[:KEEP] + seen[KEEP + max(1, (context - KEEP) // 2) + 1 :]
+                past, inputs = None, seen
             with self.lock, torch.inference_mode():
-                output = self.model(ids, past_key_values=past, use_cache=True)
+                output = self.model(torch.tensor([inputs]), past_key_values=past, use_cache=True)
             logits, past = output.logits[0, -1], output.past_key_values
             if temperature > 0:
                 chances, choices = (logits / temperature).softmax(-1).topk(40)
@@ -116,26 +192,20 @@ class Gpt2:
             else:
                 token = int(logits.argmax())
             if token == self.model.config.eos_token_id:
-                break
-            made, ids = [*made, token], torch.tensor([[token]])
-            text = self.tokenizer.decode(made)
+                yield text[shown:], len(made) + 1
+                return "stop"
+            made, seen, inputs = [*made, token], [*seen, token], [token]
+            text = self.tokenizer.decode(made).replace("\ufffd", "")  # Ollama leaves these out
             for stop in stops:
                 if stop in text:
-                    if text.index(stop) > shown:
-                        yield text[shown : text.index(stop)]
-                    return
-            safe = len(text.rstrip("\ufffd"))
-            for stop in stops:
-                safe = min(safe, len(text) - held_back(text, stop))
+                    yield text[shown : max(shown, text.index(stop))], len(made)
+                    return "stop"
+            safe = len(text) - max((held_back(text, stop) for stop in stops), default=0)
             if safe > shown:
-                yield text[shown:safe]
+                yield text[shown:safe], len(made)
                 shown = safe
-        text = self.tokenizer.decode(made).rstrip("\ufffd")
-        if len(text) > shown:
-            yield text[shown:]
-
-
-BE = ("bos", "eos")
+        yield text[shown:], len(made)
+        return "length"
 
 
 def held_back(text, stop):
@@ -144,20 +214,113 @@ def held_back(text, stop):
 
 
 def read_fields(path):
-    """Return a GGUF file's metadata; an exception says that it is none."""
+    """Return a GGUF file's metadata, of a long list its length; an exception says it is none."""
     from gguf import GGUFReader
 
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    fields = GGUFReader(path).fields
+    sizes = {name: len(field.data) for name, field in fields.items()}
+    return {name: fields[name].contents() if size < 100 else size for name, size in sizes.items()}
+
+
+def gpt2_config(fields):
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=fields["tokenizer.ggml.tokens"],
+        n_positions=fields["gpt2.context_length"],
+        n_embd=fields["gpt2.embedding_length"],
+        n_layer=fields["gpt2.block_count"],
+        n_head=fields["gpt2.attention.head_count"],
+        layer_norm_epsilon=fields["gpt2.attention.layer_norm_epsilon"],
+        eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+    )
+
+
+# TEMPLATES: the part of Go's language that models use most, turned into Jinja's.
+ACTIONS = {
+    r"\.(\w+)": r"{{ dot.\1 }}",
+    r"\$\.(\w+)": r"{{ root.\1 }}",
+    r"range \.(\w+)": r"{% for dot in dot.\1 %}",
+    r"if \.(\w+)": r"{% if dot.\1 %}",
+    r"if eq \.(\w+) (\"\w+\")": r"{% if dot.\1 == \2 %}",
+    r"else": "{% else %}",
+}
+
+
+def translate(template):
+    """Return a template of Ollama's in Jinja's language, or refuse what is not understood."""
+    ends, text = [], ""
+    for part in re.split(r"(\{\{.*?\}\})", template, flags=re.DOTALL):
+        if not part.startswith("{{"):
+            if re.search(r"\{[{%#]", part):
+                raise Refusal(400, "template error: template: :1: unclosed action")
+            text += part
+            continue
+        action = part[2:-2].removeprefix("-").removesuffix("-").strip()
+        if action == "end" and ends:
+            jinja = f"{{% end{ends.pop()} %}}"
+        else:
+            found = [p for p in ACTIONS if re.fullmatch(p, action)]
+            if not found:
+                raise Refusal(400, f"template error: the stand-in does not know {action!r}")
+            jinja = re.sub(found[0], ACTIONS[found[0]], action)
+            if opened := re.match(r"\{% (for|if)", jinja):
+                ends.append(opened[1])
+        left, right = "-" * part.startswith("{{-"), "-" * part.endswith("-}}")
+        text += jinja[:2] + left + jinja[2:-2] + right + jinja[-2:]
+    if ends:
+        raise Refusal(400, "template error: template: :1: unexpected EOF")
+    return text
+
+
+def fill(template, messages):
+    """Return the prompt that a template makes of messages, as Ollama's template.Execute does."""
+    from jinja2 import Environment
+
+    merged = []
+    for message in messages:  # neighbors of one role become one message
+        if merged and merged[-1]["role"] == message["role"]:
+            merged[-1]["content"] += "\n\n" + message["content"]
+        else:
+            merged.append({"role": message["role"], "content": message["content"]})
+
+    def run(source, **dot):
+        made = Environment(keep_trailing_newline=True).from_string(translate(source))
+        return made.render(dot=dot, root=dot)
+
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    if ".Messages" in template:
+        shown = [{"Role": m["role"], "Content": m["content"]} for m in merged]
+        return run(template, System="\n\n".join(system), Messages=shown, Response="")
+    if ".Response" not in template:
+        template += "{{ .Response }}"
+    text, turn = "", {"System": "", "Prompt": "", "Response": ""}
+    after = {"system": ("Prompt", "Response"), "user": ("Response",), "assistant": ()}
+    names = {"system": "System", "user": "Prompt", "assistant": "Response"}
+    for message in merged:
+        role = message["role"]
+        if role in names:
+            if any(turn[name] for name in after[role]):
+                text += run(template, **turn)
+                turn = {"System": "", "Prompt": "", "Response": ""}
+            turn[names[role]] = message["content"]
+    last = re.split(r"\{\{-? *\.Response", template)[0]  # the answer will stand there
+    return text + run(last, **turn) + turn["Response"]
 
 
 class Entry:
     """What the server knows of a model: how to answer, its template and its parameters."""
 
-    def __init__(self, model, digest=None, template="{{ .Prompt }}", parameters=None, system=""):
-        self.model, self.template, self.system = model, template, system
-        self.parameters, self.loaded = parameters or {}, False
+    def __init__(self, model, digest=None, template=None, parameters=None, system=""):
+        chatml = "<|im_start|>" in getattr(model, "chat", "")  # Ollama knows some by their looks
+        default = CHATML if chatml else "{{ .Prompt }}"
+        stops = {"stop": ["<|im_start|>", "<|im_end|>"]} if chatml else {}
+        self.model, self.system, self.loaded = model, system, False
+        self.template, self.parameters = template or default, stops | (parameters or {})
         self.digest = digest or hashlib.sha256(repr(model).encode()).hexdigest()
         self.modified_at = now()
+        translate(self.template)
 
     def details(self):
         details = {"parent_model": "", "format": "gguf", "family": self.model.family}
@@ -168,23 +331,9 @@ class Entry:
         }
 
     def render(self, messages):
-        """Fill the template once for each question, with the answer that followed it."""
-        turns, text = [["", ""]], ""
-        for message in messages:
-            if message["role"] == "user":
-                turns.append([message["content"], ""])
-            elif message["role"] == "assistant":
-                turns[-1][1] = message["content"]
-        turns = [turn for turn in turns if turn != ["", ""]]
-        template = self.template
-        if ".Response" not in template:
-            template += "{{ .Response }}"
-        for number, (question, answer) in enumerate(turns):
-            filled = template.replace("{{ .Prompt }}", question)
-            if number == len(turns) - 1 and not answer:
-                return text + filled.split("{{ .Response }}")[0]
-            text += filled.replace("{{ .Response }}", answer) + "\n"
-        return text
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return fill(self.template, messages)
 
 
 def now():
@@ -201,16 +350,18 @@ class StandIn(ThreadingHTTPServer):
         self.models = {full_name(name): Entry(model) for name, model in (models or {}).items()}
         self.library = {}  # what can be pulled
         self.fault, self.connections, self.requests, self.sent = None, 0, [], []
-        self.blobs = tempfile.TemporaryDirectory(prefix="stand-in-")
+        self.folder = tempfile.TemporaryDirectory(prefix="stand-in-")
+        self.released = threading.Event()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        self.released.set()
         self.shutdown()
         self.server_close()
-        self.blobs.cleanup()
+        self.folder.cleanup()
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exception(), ConnectionError):  # that is a client that went away
@@ -219,10 +370,6 @@ class StandIn(ThreadingHTTPServer):
 
 def full_name(name):
     return name if ":" in name else f"{name}:latest"
-
-
-class Refusal(Exception):
-    """A status and an error, to be sent in the place of an answer."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -236,7 +383,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     # ANSWERS: whole, or line by line in chunks.
-    def reply(self, content, status=200, kind="application/json; charset=utf-8"):
+    def reply(self, content, status=200, kind=JSON):
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -251,130 +398,179 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, parts, kind="application/x-ndjson"):
         """Send parts as they come; an error before the first has a status, one later has not."""
-        parts, first = iter(parts), None
-        first = next(parts)
+        parts = iter(parts)
+        part, fault, count = next(parts), self.server.fault, 0
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        fault, count = self.server.fault, 0
-        while first is not None:
+        while part is not None:
             if fault in MID_STREAM and count == 3:
                 return MID_STREAM[fault](self)
-            self.chunk(first if isinstance(first, bytes) else json.dumps(first).encode() + b"\n")
-            first, count = next(parts, None), count + 1
+            self.chunk(part if isinstance(part, bytes) else json.dumps(part).encode() + b"\n")
+            try:
+                part, count = next(parts, None), count + 1
+            except Refusal as refusal:
+                part = {"error": refusal.args[1]}
+                parts = iter(())
         self.chunk(b"")
 
     # ROUTES
     def do_GET(self):
         self.route()
 
-    do_HEAD = do_POST = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def route(self):
-        length, server = int(self.headers.get("Content-Length") or 0), self.server
-        body = self.rfile.read(length)
-        server.requests.append((self.command, self.path, body))
-        if server.fault in WHOLE:
-            return WHOLE[server.fault](self)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append((self.command, self.path, body))
+        if self.server.fault in WHOLE:
+            return WHOLE[self.server.fault](self)
         try:
-            if blob := BLOB.fullmatch(self.path):
-                return self.blob(blob[1], body)
-            if self.command in ("GET", "HEAD"):
-                if self.path not in GET:
-                    return self.reply("404 page not found", 404, "text/plain")
-                content = GET[self.path](self)
-                return self.reply(content, kind="text/plain" if self.path == "/" else JSON)
-            if self.path not in POST:
+            if self.path.startswith("/api/blobs/") and self.command in ("HEAD", "POST"):
+                return self.blob(body)
+            methods = [method for method, path in ROUTES if path == self.path]
+            if not methods:
                 return self.reply("404 page not found", 404, "text/plain")
+            if self.command not in methods:
+                return self.reply("405 method not allowed", 405, "text/plain")
+            if self.command == "GET":
+                return ROUTES[self.command, self.path](self)
             if not body:
                 raise Refusal(400, "missing request body")
             try:
                 request = json.loads(body)
             except ValueError as error:
                 raise Refusal(400, str(error)) from None
-            return POST[self.path](self, request)
+            if not isinstance(request, dict):
+                raise Refusal(400, "json: cannot unmarshal this into a Go value of a request")
+            return ROUTES[self.command, self.path](self, request)
         except Refusal as refusal:
             status, message = refusal.args
             kind = {400: "invalid_request_error", 404: "not_found_error"}.get(status, "api_error")
             error = {"message": message, "type": kind, "param": None, "code": None}
             self.reply({"error": error if self.path.startswith("/v1/") else message}, status)
 
-    def blob(self, digest, body):
-        path = Path(self.server.blobs.name) / digest.replace(":", "-")
+    def blob(self, body):
+        if not (match := BLOB.fullmatch(self.path)):
+            raise Refusal(400, "invalid digest format")
+        path = self.blob_path(match[1])
         if self.command == "HEAD":
             return self.reply("", 200 if path.exists() else 404)
-        if f"sha256:{hashlib.sha256(body).hexdigest()}" != digest:
-            raise Refusal(400, "digest mismatch")
-        path.write_bytes(body)
+        digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+        if digest != match[1]:
+            raise Refusal(400, f'digest mismatch, expected "{match[1]}", got "{digest}"')
+        if path.exists():
+            return self.reply("", 200)
+        part = path.with_name(f"{path.name}.{threading.get_ident()}")
+        part.write_bytes(body)
+        part.replace(path)
         return self.reply("", 201)
 
-    def find(self, request):
-        entry = self.server.models.get(full_name(request.get("model") or ""))
-        if entry is None:
-            raise Refusal(404, f"model '{request.get('model', '')}' not found")
-        return entry
+    def blob_path(self, digest):
+        return Path(self.server.folder.name) / digest.replace(":", "-")
 
-    def listed(self, running):
-        models = []
-        for name, entry in self.server.models.items():
-            model = {"name": name, "model": name, "size": entry.model.size, "digest": entry.digest}
-            model["details"] = entry.details()
-            if not running:
-                models.append(model | {"modified_at": entry.modified_at})
-            elif entry.loaded:
-                size = {"size_vram": 0, "context_length": entry.model.context}
-                models.append(model | {"expires_at": now()} | size)
-        return {"models": models}
+    def find(self, request, nameless=(404, "model '' not found")):
+        name = request.get("model") or ""
+        if not name:
+            raise Refusal(*nameless)
+        if not NAME.fullmatch(name):
+            raise Refusal(400, "invalid model name")
+        if full_name(name) not in self.server.models:
+            raise Refusal(404, f"model '{name}' not found")
+        return self.server.models[full_name(name)]
+
+    def version(self):
+        self.reply({"version": VERSION})
+
+    def list_all(self):
+        models = [self.listed(name) for name in self.server.models]
+        for model in models:
+            model["modified_at"] = self.server.models[model["name"]].modified_at
+        self.reply({"models": models})
+
+    def list_running(self):
+        entries = self.server.models.items()
+        models = [
+            self.listed(name)
+            | {"expires_at": now(), "size_vram": 0, "context_length": entry.model.context}
+            for name, entry in entries
+            if entry.loaded
+        ]
+        self.reply({"models": models})
+
+    def listed(self, name):
+        entry = self.server.models[name]
+        listed = {"name": name, "model": name, "size": entry.model.size, "digest": entry.digest}
+        return listed | {"details": entry.details()}
 
     def show(self, request):
-        entry = self.find(request)
+        entry = self.find(request, (400, "model is required"))
         lines = [
-            f"{name} {json.dumps(value)}"
-            for name, values in entry.parameters.items()
+            f"{name:30} {json.dumps(value)}"
+            for name, values in sorted(entry.parameters.items())
             for value in (values if isinstance(values, list) else [values])
         ]
         info = {"general.architecture": entry.model.family}
         shown = {"modelfile": "FROM model.gguf", "parameters": "\n".join(lines)}
         shown |= {"template": entry.template, "details": entry.details(), "model_info": info}
+        if entry.system:
+            shown["system"] = entry.system
         self.reply(shown | {"capabilities": ["completion"], "modified_at": entry.modified_at})
 
     # TEXT: generate, chat and the OpenAI form of chat are one thing in three dresses.
-    def prepare(self, request):
-        """Return (entry, load nanoseconds), once the model is in memory."""
-        entry, start = self.find(request), time.perf_counter_ns()
-        if not entry.loaded:
-            time.sleep(entry.model.load_seconds)
-            getattr(entry.model, "load", lambda: None)()
-            entry.loaded = True
-        return entry, time.perf_counter_ns() - start
-
-    def answer(self, request, entry, prompt, load, shape):
-        """Yield the parts of an answer in a shape, the last one with the counters."""
-        start, model, count = time.perf_counter_ns(), entry.model, 0
+    def prepare(self, request, nameless):
+        """Return (entry, options, load nanoseconds), once the model is in memory."""
+        entry, start = self.find(request, nameless), time.perf_counter_ns()
+        if request.get("think"):
+            raise Refusal(400, f'"{request["model"]}" does not support thinking')
         options = entry.parameters | (request.get("options") or {})
-        context = model.context = min(options.get("num_ctx", model.context), model.context)
-        length, first = model.count(prompt), None
-        if length >= context:
-            if request.get("truncate") is False or request.get("shift") is False:
+        for name, kind in OPTIONS.items():
+            value = options.get(name, KINDS[kind]() if kind != "float32" else 0)
+            if not isinstance(value, KINDS[kind]) or isinstance(value, bool):
+                raise Refusal(500, f'option "{name}" must be of type {kind}')
+        if not entry.loaded:
+            entry.model.load()
+            entry.loaded = True
+        return entry, options, time.perf_counter_ns() - start
+
+    def answer(self, request, entry, options, prompt, load, shape):
+        """Yield the parts of an answer in a shape, the last one with the counters."""
+        start, model, first, count = time.perf_counter_ns(), entry.model, None, 0
+        context = min(options.get("num_ctx", model.context), model.context)
+        ids = model.encode(prompt)
+        if len(ids) > context:
+            if request.get("truncate") is False:
                 raise Refusal(400, TOO_LONG)
-            prompt = model.cut(prompt, context - max(context // 2, 1))  # half, as Ollama does
-            length = model.count(prompt)
+            ids = ids[:KEEP] + ids[KEEP + len(ids) - context :]
         common = {"model": request["model"], "created_at": now()}
         for piece in re.findall(r"\s*\S+", model.thinking):
             yield common | shape("", piece) | {"done": False}
-        for piece in model.answer(prompt, options):
-            first, count = first or time.perf_counter_ns(), count + 1
-            yield common | shape(piece, "") | {"done": False}
+        reason, last, repeats = None, "", 0
+
+        def pieces():
+            nonlocal reason
+            reason = yield from model.answer(ids, options)
+
+        for piece in pieces():
+            piece, count = piece if isinstance(piece, tuple) else (piece, count + 1)
+            first = first or time.perf_counter_ns()
+            repeats = repeats + 1 if piece.strip() == last else 0
+            last = piece.strip()
+            if repeats > REPEATS:
+                return
+            if piece:
+                yield common | shape(piece, "") | {"done": False}
         end = time.perf_counter_ns()
-        reason = "length" if count == options.get("num_predict") else "stop"
+        if reason is None:
+            reason = "length" if count == options.get("num_predict") else "stop"
         counters = {
             "total_duration": end - start + load,
             "load_duration": load,
-            "prompt_eval_count": length,
+            "prompt_eval_count": len(ids),
             "prompt_eval_duration": (first or end) - start,
             "eval_count": count,
-            "eval_duration": end - (first or end),
+            "eval_duration": end - first if count > 1 else 0,
         }
         if self.server.fault == "no counters":  # all of them are omitempty
             counters = {}
@@ -395,7 +591,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(common | shape("", "") | reason)
 
     def generate(self, request):
-        entry, load = self.prepare(request)
+        entry, options, load = self.prepare(request, (404, "model '' not found"))
 
         def shape(piece, thought):
             return {"response": piece} | ({"thinking": thought} if thought else {})
@@ -407,13 +603,14 @@ class Handler(BaseHTTPRequestHandler):
         if not prompt:
             return self.only_load(request, entry, shape)
         if not request.get("raw"):
-            prompt = entry.render([{"role": "user", "content": prompt}])
-        return self.respond(request, self.answer(request, entry, prompt, load, shape), join)
+            system = request.get("system")
+            asked = [{"role": "system", "content": system}] if system else []
+            prompt = entry.render([*asked, {"role": "user", "content": prompt}])
+        parts = self.answer(request, entry, options, prompt, load, shape)
+        return self.respond(request, parts, join)
 
     def chat(self, request):
-        if not request.get("model"):
-            raise Refusal(400, "model is required")
-        entry, load = self.prepare(request)
+        entry, options, load = self.prepare(request, (400, "model is required"))
 
         def shape(piece, thought):
             message = {"role": "assistant", "content": piece}
@@ -426,16 +623,34 @@ class Handler(BaseHTTPRequestHandler):
         messages = request.get("messages") or []
         if not messages:
             return self.only_load(request, entry, shape)
-        prompt = entry.render(messages)
-        return self.respond(request, self.answer(request, entry, prompt, load, shape), join)
+        prompt = self.prompt_of(entry, messages, options, request)
+        parts = self.answer(request, entry, options, prompt, load, shape)
+        return self.respond(request, parts, join)
+
+    def prompt_of(self, entry, messages, options, request):
+        """Fill the template; the oldest messages go if the prompt is too long and may be cut."""
+        context = min(options.get("num_ctx", entry.model.context), entry.model.context)
+        if request.get("truncate") is not False:
+            for first in range(len(messages) - 1):
+                system = [one for one in messages[:first] if one["role"] == "system"]
+                prompt = entry.render([*system, *messages[first:]])
+                if len(entry.model.encode(prompt)) <= context:
+                    return prompt
+            system = [one for one in messages[:-1] if one["role"] == "system"]
+            messages = [*system, messages[-1]]
+        return entry.render(messages)
 
     def openai(self, request):
-        entry, load = self.prepare(request)
         names = {"max_tokens": "num_predict", "temperature": "temperature", "seed": "seed"}
         options = {ours: request[theirs] for theirs, ours in names.items() if theirs in request}
-        prompt = entry.render(request["messages"])
-        asked = {"model": request["model"], "options": options}
-        parts = self.answer(asked, entry, prompt, load, lambda piece, _: {"text": piece})
+        asked = {"model": request.get("model"), "options": options}
+        entry, options, load = self.prepare(asked, (400, "model is required"))
+        prompt = self.prompt_of(entry, request["messages"], options, asked)
+
+        def shape(piece, thought):
+            return {"text": piece}
+
+        parts = self.answer(asked, entry, options, prompt, load, shape)
         common = {"id": "chatcmpl-1", "created": int(time.time()), "model": request["model"]}
         common["system_fingerprint"] = "fp_ollama"
         if request.get("stream"):  # here False is the default
@@ -451,51 +666,89 @@ class Handler(BaseHTTPRequestHandler):
             return self.stream(events(), "text/event-stream")
         parts = list(parts)
         message = {"role": "assistant", "content": "".join(part["text"] for part in parts)}
-        choice = {"index": 0, "message": message, "finish_reason": parts[-1]["done_reason"]}
+        choice = {"index": 0, "message": message, "finish_reason": parts[-1].get("done_reason")}
         read, made = (parts[-1].get(f"{name}eval_count", 0) for name in ("prompt_", ""))
         usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
         whole = {"object": "chat.completion", "choices": [choice], "usage": usage}
         return self.reply(common | whole)
 
-    # MODELS: made from an uploaded file, pulled from a library, removed.
+    # MODELS: made from uploaded files or from another model, pulled from a library, removed.
     def create(self, request):
-        name, files = request.get("model") or "", request.get("files") or {}
+        name, files = request.get("model") or "", request.get("files")
+        if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files or {}):
+            raise Refusal(400, "file path must be relative")
         if not NAME.fullmatch(name):
             raise Refusal(400, "invalid model name")
-        if not files:
-            raise Refusal(400, "neither 'from' or 'files' was specified")
-        blobs = []
-        for file, digest in files.items():
-            if Path(file).is_absolute() or ".." in Path(file).parts:
-                raise Refusal(400, "file path must be relative")
-            blob = Path(self.server.blobs.name) / digest.replace(":", "-")
-            if not BLOB.fullmatch(f"/api/blobs/{digest}") or not blob.exists():
-                raise Refusal(400, f"blob not found for {file}")
-            blobs.append(blob)
-        try:
-            read_fields(blobs[0])
-        except Exception:
-            raise Refusal(400, "supplied file was not in GGUF format") from None
+        settings = {
+            key: request[key] for key in ("template", "system", "parameters") if key in request
+        }
 
         def steps():
-            yield {"status": "parsing GGUF"}
-            more = {part: request[part] for part in ("template", "parameters") if part in request}
-            entry = Entry(Gpt2(blobs[0]), digest.removeprefix("sha256:"), **more)
-            self.server.models[full_name(name)] = entry
-            yield {"status": f"using existing layer {digest}"}
+            if request.get("from"):
+                if full_name(request["from"]) not in self.server.models:
+                    yield {"status": "pulling manifest"}
+                    raise Refusal(500, "pull model manifest: file does not exist")
+                base = self.server.models[full_name(request["from"])]
+                inherited = {
+                    "template": base.template,
+                    "system": base.system,
+                    "parameters": base.parameters | settings.pop("parameters", {}),
+                }
+                entry = Entry(base.model, base.digest, **inherited | settings)
+            elif files is None:
+                raise Refusal(400, "neither 'from' or 'files' was specified")
+            else:
+                model, digest = yield from self.convert(files)
+                entry = Entry(model, digest, **settings)
+            if request.get("adapters") or request.get("quantize"):
+                raise Refusal(500, "the stand-in takes no adapters and does not quantize")
+            yield {"status": f"using existing layer sha256:{entry.digest}"}
             yield {"status": "writing manifest"}
+            self.server.models[full_name(name)] = entry
             yield {"status": "success"}
 
         return self.progress(request, steps())
 
+    def convert(self, files):
+        """Yield the steps that make a model of uploaded files; return the model and its digest."""
+        kinds = {Path(file).suffix for file in files}
+        blobs = {file: self.blob_path(digest) for file, digest in files.items()}
+        if ".safetensors" in kinds:
+            yield {"status": "converting model"}
+            digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+            folder = Path(self.server.folder.name) / digest
+            shutil.rmtree(folder, ignore_errors=True)
+            for file, blob in blobs.items():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).symlink_to(blob)
+            check_folder(folder)
+            return CausalModel(folder, imported=True), digest
+        heads = [blob.open("rb").read(4) for blob in blobs.values() if blob.exists()]
+        if ".gguf" not in kinds and b"GGUF" not in heads:
+            raise Refusal(400, "unknown type")
+        yield {"status": "parsing GGUF"}
+        digest, blob = next(iter(files.values())), next(iter(blobs.values()))
+        if not BLOB.fullmatch(f"/api/blobs/{digest}"):
+            raise Refusal(500, "invalid digest format")
+        if not blob.exists():
+            raise Refusal(500, f"open {blob.name}: no such file or directory")
+        if heads[0] != b"GGUF":
+            raise Refusal(400, "supplied file was not in GGUF format")
+        try:
+            return CausalModel(blob), digest.removeprefix("sha256:")
+        except Exception:
+            raise Refusal(500, "unexpected EOF") from None
+
     def pull(self, request):
-        name = full_name(request.get("model") or "")
+        name = request.get("model") or ""
+        if not NAME.fullmatch(name):
+            raise Refusal(400, "invalid model name")
+        name = full_name(name)
 
         def steps():
             yield {"status": "pulling manifest"}  # first, so what fails later has status 200
             if name not in self.server.library:
-                yield {"error": "pull model manifest: file does not exist"}
-                return
+                raise Refusal(500, "pull model manifest: file does not exist")
             model = self.server.library[name]
             digest = Entry(model).digest
             for completed in (model.size // 2, model.size):
@@ -510,8 +763,7 @@ class Handler(BaseHTTPRequestHandler):
     def progress(self, request, steps):
         if request.get("stream", True):
             return self.stream(steps)
-        last = list(steps)[-1]
-        return self.reply(last, 500 if "error" in last else 200)
+        return self.reply(list(steps)[-1])
 
     def delete(self, request):
         self.find(request)
@@ -520,13 +772,12 @@ class Handler(BaseHTTPRequestHandler):
 
     # FAULTS
     def hang(self):
-        self.server.released = getattr(self.server, "released", None) or threading.Event()
         self.server.released.wait(30)
         self.close_connection = True
 
     def break_off(self):
         self.close_connection = True  # without the last chunk, and in the middle of a line
-        data = b'{"model":"tinyllama","created_at":"2026-01-01T00:00:00Z","respo'
+        data = b'{"model":"smollm2","created_at":"2026-01-01T00:00:00Z","respo'
         self.wfile.write(f"{len(data) + 40:x}\r\n".encode() + data)
 
     def end_early(self):
@@ -537,31 +788,44 @@ class Handler(BaseHTTPRequestHandler):
         self.chunk(b"")
 
 
-JSON = "application/json; charset=utf-8"
-GET = {
-    "/": lambda handler: "Ollama is running",
-    "/api/version": lambda handler: {"version": VERSION},
-    "/api/tags": lambda handler: handler.listed(running=False),
-    "/api/ps": lambda handler: handler.listed(running=True),
-}
-POST = {
-    "/api/show": Handler.show,
-    "/api/generate": Handler.generate,
-    "/api/chat": Handler.chat,
-    "/api/create": Handler.create,
-    "/api/pull": Handler.pull,
-    "/api/delete": Handler.delete,
-    "/v1/chat/completions": Handler.openai,
+def check_folder(folder):
+    """Refuse what Ollama's converter refuses of a Hugging Face folder."""
+    if not (folder / "config.json").exists():
+        raise Refusal(500, "open config.json: no such file or directory")
+    try:
+        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    except ValueError as error:
+        raise Refusal(500, f"parse config.json: {error}") from None
+    except LookupError:
+        raise Refusal(500, "unknown architecture") from None
+    if kinds[0] not in [f"{name}ForCausalLM" for name in FOLDERS]:
+        raise Refusal(500, f'unsupported architecture "{kinds[0]}"')
+    if not (folder / "tokenizer.json").exists():
+        raise Refusal(500, "unknown tokenizer format")
+
+
+ROUTES = {
+    ("GET", "/"): lambda handler: handler.reply("Ollama is running", kind="text/plain"),
+    ("GET", "/api/version"): Handler.version,
+    ("GET", "/api/tags"): Handler.list_all,
+    ("GET", "/api/ps"): Handler.list_running,
+    ("POST", "/api/show"): Handler.show,
+    ("POST", "/api/generate"): Handler.generate,
+    ("POST", "/api/chat"): Handler.chat,
+    ("POST", "/api/create"): Handler.create,
+    ("POST", "/api/pull"): Handler.pull,
+    ("DELETE", "/api/delete"): Handler.delete,
+    ("POST", "/v1/chat/completions"): Handler.openai,
 }
 WHOLE = {  # in the place of every answer
     "not Ollama": lambda handler: handler.reply("<h1>It works!</h1>", kind="text/html"),
     "another API": lambda handler: handler.reply({"name": "somebody else"}),
     "a list": lambda handler: handler.reply([1, 2, 3]),
     "redirect": lambda handler: handler.reply("", 302),
+    "403": lambda handler: handler.reply({"error": "remote inference is disabled"}, 403),
     "500": lambda handler: handler.reply({"error": "llama runner has terminated"}, 500),
     "503": lambda handler: handler.reply({"error": "server busy, please try again"}, 503),
     "502 page": lambda handler: handler.reply("<h1>Bad Gateway</h1>", 502, "text/html"),
-    "400": lambda handler: handler.reply({"error": TOO_LONG}, 400),
     "hangs": Handler.hang,
     "hangs up": lambda handler: setattr(handler, "close_connection", True),
 }
@@ -570,7 +834,7 @@ MID_STREAM = {  # after three parts of a stream
     "cut off": Handler.break_off,
     "no end": Handler.end_early,
     "hangs midway": Handler.hang,
-    "malformed": lambda handler: handler.garble(b'{"model": "tinyllama", "respon\n'),
+    "malformed": lambda handler: handler.garble(b'{"model": "smollm2", "respon\n'),
     "not an object": lambda handler: handler.garble(b"[1, 2, 3]\n"),
     "not UTF-8": lambda handler: handler.garble(b'{"response": "\xff\xfe"}\n'),
     "wrong types": lambda handler: handler.garble(b'{"response": 7, "message": 7}\n'),
@@ -585,13 +849,13 @@ def import_early():
 
 def main():
     root = Path(__file__).resolve().parents[1]
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--port", type=int, default=0, help="0 means any that is free")
-    cli.add_argument("--model", type=Path, default=root / "models" / "gpt2_mini")
-    arguments = cli.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=0, help="0 means any that is free")
+    parser.add_argument("--model", type=Path, default=root / "models" / "smollm2")
+    arguments = parser.parse_args()
     models = {}
     if (arguments.model / "config.json").exists():
-        models["tinyllama"] = Gpt2(arguments.model)  # the name that the lessons ask for
+        models["smollm2"] = CausalModel(arguments.model)  # the name that the lessons ask for
     with StandIn(models, arguments.port) as server:
         print(server.url, flush=True)
         threading.Thread(target=import_early, daemon=True).start()

@@ -1,200 +1,233 @@
-"""Your model in Ollama: merge your adapter, write one GGUF file, and let Ollama answer with it.
+"""GGUF: write the GPT-2 that you trained into one file, and let Ollama continue your text.
 
-Run:    uv run src/llm/09_your_model_in_ollama.py
-Needs:  models/gpt2_mini/, models/gpt2_lora/ (and a running Ollama, for the second half)
-Makes:  models/ollama/my_gpt2.gguf, models/ollama/Modelfile
-Expect: agreement >= 90 %
+Run:    uv run src/llm/12_gguf.py
+Needs:  models/gpt2_mini/ (and a running Ollama, for the comparison)
+Makes:  models/ollama/my_gpt2.gguf, models/ollama/my_gpt2_q8_0.gguf, models/ollama/Modelfile
+Expect: agreement >= 95%, q8_0_bytes <= 2,000,000
 
-A GGUF file holds a whole model, without Python. If all in it is right, Ollama writes the very tokens
-that PyTorch writes; with one matrix the wrong way round, nonsense. So both are asked, and compared.
+A GGUF file holds everything that a program needs to run a model: sizes, tokenizer and weights.
+llama.cpp, the engine in Ollama, reads the file without Python. If one matrix is transposed or one
+token has the wrong type, the model writes nonsense, and no error message says so. Therefore PyTorch
+and Ollama continue the same texts, and the lesson compares their tokens.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import re
-import shlex
 import sys
-import warnings
 from pathlib import Path
 
 import gguf
 import requests
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE, LENGTH, END, DONE = "my_gpt2.gguf", 40, "<|endoftext|>", {"status": "success"}
-DIRECT = {"timeout": (5, 300), "allow_redirects": False, "proxies": {"http": "", "https": ""}}
-QUESTION = "Question: {}\nAnswer:"  # the form that llm/07_finetune_lora.py has tuned for
-TEMPLATE = QUESTION.format("{{ .Prompt }}") + "{{ .Response }}" + END  # for Ollama, in Go's terms
-STOP = [END, "Question:"]  # where an answer ends
-RULES = "".join(f'PARAMETER stop "{word}"\n' for word in STOP)
-MODELFILE = f'FROM ./{FILE}\nTEMPLATE """{TEMPLATE}"""\n{RULES}'
-CHAT = """{% for m in messages %}{{ 'Question: ' + m.content + '\\nAnswer:' if m.role == 'user'
-else m.content + '<|endoftext|>' }}{% endfor %}"""  # for other programs, in Jinja's terms
-NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 48)  # blocks: as many as the largest has
+PROMPTS = ["import torch", "def forward(self", "class Linear(", "    Args:\n", "return torch."]
+LENGTH = 40  # the most tokens that follow a prompt
+MODELFILE = "FROM ./my_gpt2.gguf\nTEMPLATE {{ .Prompt }}\n"  # for the command ollama create
+SESSION = requests.Session()
+SESSION.trust_env = False  # no proxy between this machine and itself
 
 
-# LOAD: an adapter and its base become one model, on the CPU in float32: it is the reference.
-def load_model(folder):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_model(folder, command):
+    """Return the GPT-2 in a Hugging Face folder, on the CPU in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds to import
 
-    adapter, base = folder / "adapter_config.json", str(folder.resolve())
-    if adapter.exists():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    base = base if base == "gpt2" else ROOT / base  # a name on the Hub, or a folder of this course
-    if base != "gpt2" and not (base / "config.json").exists():
-        raise FileNotFoundError(f"there is no model in {base}")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if model.config.model_type != "gpt2":
-        raise ValueError("this lesson knows the tensors of GPT-2 only")
-    if adapter.exists():
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    return model.eval(), AutoTokenizer.from_pretrained(base)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+        if model.config.model_type != "gpt2":
+            raise ValueError(f"it holds a model of the type {model.config.model_type}")
+        return model, AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # no folder, damaged files, or a different kind of model
+        reason = str(error).partition("\n")[0]
+        sys.exit(f"Cannot read a GPT-2 from {folder}: {reason}. Make one with: {command}")
 
 
-@torch.inference_mode()
-def ask_torch(model, tokenizer, question, length):
-    ids = tokenizer(QUESTION.format(question), return_tensors="pt")
-    end = model.config.eos_token_id
-    made = model.generate(**ids, max_new_tokens=length, do_sample=False, pad_token_id=end)
-    text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.split(STOP[1])[0].rstrip("\ufffd")  # not half a letter
-
-
-# CONVERT: llama.cpp, Ollama's engine, has names of its own, and keeps matrices as nn.Linear does.
-def write_gguf(path, model, tokenizer, quantize):
-    F32, kind = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType[quantize.upper()]
-    config, writer = model.config, gguf.GGUFWriter(path, "gpt2")
-    ids = range(config.vocab_size)
+# WRITE: first a header of names and values, with the tokenizer, then the tensors.
+def add_sizes(writer, config):
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
     writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_file_type(0 if kind == F32 else gguf.LlamaFileType.MOSTLY_Q8_0)
+
+
+def add_tokenizer(writer, tokenizer, config):
+    tokens = []
+    types = []
+    for number in range(config.vocab_size):
+        added = tokenizer.added_tokens_decoder.get(number)
+        kind = "NORMAL"
+        if added:  # CONTROL: a signal such as <|endoftext|>, never a part of the text
+            kind = "CONTROL" if added.special else "USER_DEFINED"
+        elif number >= len(tokenizer):  # the model's vocabulary was rounded up
+            kind = "UNUSED"
+        types.append(gguf.TokenType[kind])
+        tokens.append(tokenizer.convert_ids_to_tokens(number) or f"<unused {number}>")
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")  # how text is split before BPE; "default" does it otherwise
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(ids))
-    writer.add_token_types([3 if i == config.eos_token_id else 1 for i in ids])  # 3: not a text
+    writer.add_tokenizer_pre("gpt-2")  # how a text is split into words before the merges
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT)
+    if config.bos_token_id is not None:
+        writer.add_bos_token_id(config.bos_token_id)
+    if config.eos_token_id is not None:
+        writer.add_eos_token_id(config.eos_token_id)
+
+
+# README: start
+def add_tensors(writer, model, form):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     for name, tensor in model.state_dict().items():
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            tensor = tensor.T.contiguous()  # a Conv1D, the other way round from nn.Linear
-        dtype = kind if tensor.dim() == 2 and "wpe" not in name else F32
-        name = NAMES.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), dtype), raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            tensor = tensor.T.contiguous()  # GPT-2 stores these the other way round
+        kind = gguf.GGMLQuantizationType.F32
+        if tensor.dim() == 2 and "wpe" not in name:  # not biases, norms and positions
+            kind = gguf.GGMLQuantizationType[form]
+        data = gguf.quants.quantize(tensor.numpy(), kind)
+        writer.add_tensor(names.get_name(name, [".weight", ".bias"]), data, raw_dtype=kind)
+    # README: end
 
 
-# SAVE: as in basics/07_activations.py.
-def save(write, path):
-    """Let write(file) fill a new file, then rename it to path; exit with a sentence if that fails."""
+def write_gguf(path, model, tokenizer, form):
+    """Write a temporary file, then rename it. A crash never leaves half a model."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            write(file)
+        writer = gguf.GGUFWriter(part, "gpt2")
+        # Ollama reads 0, the number of F32, as unknown. Its option -q then refuses the file.
+        writer.add_file_type(7 if form == "Q8_0" else 1)
+        add_sizes(writer, model.config)
+        add_tokenizer(writer, tokenizer, model.config)
+        add_tensors(writer, model, form)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
         part.replace(path)
-    except (OSError, RuntimeError) as error:
-        sys.exit(
-            f"Cannot write {path}: {error}. Make room or mend its permissions, then run again."
-        )
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
 
 
-# SERVE: through Ollama's API, as in llm/08_serve_ollama.py, which tells more faults apart.
+# SERVE: requests as in llm/08.
 def server_url(address):
-    """Read an address as the ollama command reads OLLAMA_HOST: each part of it may be missing."""
-    form = r"(?:(https?)://)?(\[[\da-fA-F:]+\]|[\w.-]*)(?::(\d{1,5}))?/?"
-    if not (match := re.fullmatch(form, address.strip("\"' "))):
-        sys.exit(f"{address!r} is no server's address; one looks like http://127.0.0.1:11434")
-    port = match[3] or {"http": 80, "https": 443}.get(match[1], 11434)
-    return f"{match[1] or 'http'}://{match[2] or '127.0.0.1'}:{port}"
+    """Read an address as the ollama command reads OLLAMA_HOST. Each part of it may be missing."""
+    form = r"(?:(.*?)://)?(\[.*?\]|[^:/]*:[^:/]*:[^/]*|[^:/]*)(?::([^/]*))?/*(.*)"
+    scheme, host, port, path = re.fullmatch(form, address.strip(" \"'")).groups("")
+    if not port.isdecimal() or int(port) > 65535:
+        port = {"http": 80, "https": 443}.get(scheme, 11434)
+    host = host.strip("[]") or "127.0.0.1"
+    if ":" in host:  # IPv6
+        host = f"[{host}]"
+    return f"{scheme or 'http'}://{host}:{port}/{path}".rstrip("/")
 
 
-def post(url, **content):
-    """Return the JSON objects of an answer; an error may come after a good beginning."""
-    answer = requests.post(url, **DIRECT, **content)
-    parts = [json.loads(line) for line in answer.content.splitlines()]
-    if errors := [part["error"] for part in parts if "error" in part]:
-        raise ValueError(errors[0])
-    return parts
-
-
-def ask_ollama(url, name, path, questions, length):
-    """Make a model of a file, uploaded under its sha256 if it is new; return (version, answers)."""
+def ask(url, **content):
+    """Return the server's answer to a request, or stop with a sentence."""
     try:
-        version = requests.get(f"{url}/api/version", **DIRECT).json()["version"] + ""
-    except requests.ConnectionError:
-        print(f"No server answers at {url}. Start one (scripts/ollama.sh start), then type:")
-        print(" ", shlex.join(["ollama", "create", name, "-f", str(path.with_name("Modelfile"))]))
-        print(" ", shlex.join(["ollama", "run", name, questions[0]]))
-        return "none", []
-    digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-    if requests.head(f"{url}/api/blobs/{digest}", **DIRECT).status_code != 200:
-        post(f"{url}/api/blobs/{digest}", data=path.read_bytes())
-    request = {"model": name, "files": {path.name: digest}, "template": TEMPLATE}
-    if post(f"{url}/api/create", json=request | {"parameters": {"stop": STOP}})[-1] != DONE:
-        raise ValueError("the creation did not come to its end")
-    request = {"model": name, "raw": True, "stream": False}  # raw: no template around the prompt
-    request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": length}
-    prompts = [request | {"prompt": QUESTION.format(question)} for question in questions]
-    parts = [post(f"{url}/api/generate", json=prompt)[-1] for prompt in prompts]
-    return re.sub(r"[^\w.+-]", "?", version), [part["response"] + "" for part in parts]
+        method = SESSION.post if content else SESSION.get
+        response = method(url, timeout=(5, 300), **content)
+        answer = response.json() if response.content else {}
+    except requests.RequestException as error:
+        start = "Is Ollama running? Start it with: scripts/ollama.sh start"
+        sys.exit(f"No answer from {url} ({type(error).__name__}). {start}")
+    if "error" in answer:
+        sys.exit(f"The server answers: {answer['error']!r}")
+    return answer
 
 
-def main(quick=False, model=None, quantize="f32", url=""):
-    folder, length = ROOT / ("models/quick" if quick else "models"), 8 if quick else LENGTH
-    source, name = model or folder / "gpt2_lora", f"my-gpt2{'-quick' * quick}"
-    url, path = server_url(url or os.environ.get("OLLAMA_HOST", "")), folder / "ollama" / FILE
-    warnings.simplefilter("ignore")  # peft imports what torchao is about to rename
-    try:
-        rows = map(json.loads, (ROOT / "data" / "qa.jsonl").read_text("utf-8").splitlines())
-        questions = [row["question"] for row in rows if row["held_out"]]
-        model, tokenizer = load_model(source)
-    except Exception as error:
-        reason, flag = str(error).partition("\n")[0], " --quick" * quick
-        sys.exit(f"{source} fails: {reason}. Make it: uv run src/llm/07_finetune_lora.py{flag}")
-    print(f"{model.num_parameters():,} parameters, merged in float32, to be saved as {quantize}")
-    save(lambda file: write_gguf(file.name, model, tokenizer, quantize), path)
-    save(lambda file: file.write(MODELFILE.encode()), path.with_name("Modelfile"))
-    try:
-        version, answers = ask_ollama(url, name, path, questions, length)
-    except (requests.RequestException, ValueError, LookupError, TypeError) as error:
-        sys.exit(f"{url} does not do as Ollama does: {str(error)!r}. The files are written.")
-    same = total = 0
-    for question, theirs in zip(questions, answers, strict=False):
-        ours = ask_torch(model, tokenizer, question, length)
-        print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
-        ids = [tokenizer.encode(text + END) for text in (ours, theirs)]
-        same, total = same + len(os.path.commonprefix(ids)), total + max(map(len, ids))
-    share = f"{same / total:.2%}" if total else "not measured"
-    print(f"Result: server = {version}, bytes = {path.stat().st_size:,}, agreement = {share}")
+def create_model(url, name, files, **settings):
+    """Upload files under their SHA-256 digests, and let the server make a model of them."""
+    digests = {}
+    for path in files:
+        data = path.read_bytes()  # once, because a second run may replace the file
+        digests[path.name] = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        blob = f"{url}/api/blobs/{digests[path.name]}"
+        if SESSION.head(blob, timeout=5).status_code != 200:
+            ask(blob, data=data)
+    ask(f"{url}/api/create", json={"model": name, "files": digests, "stream": False, **settings})
+
+
+# COMPARE: each program continues a text with the most likely tokens.
+def ask_torch(model, tokenizer, prompt):
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    count = ids["input_ids"].shape[1]  # input_ids: [1, count]
+    if not 0 < count <= model.config.n_positions - LENGTH:
+        limit = f"{LENGTH} tokens follow, and the model reads {model.config.n_positions} in all."
+        sys.exit(f"The text {prompt[:30]!r} has {count} tokens: {limit}")
+    written = model.generate(**ids, max_new_tokens=LENGTH, do_sample=False)
+    return tokenizer.decode(written[0, count:]).removesuffix(tokenizer.eos_token or "")
+
+
+def compare(tokenizer, ours, answer):
+    """Return how many tokens are equal, how many were compared, and the text that was not."""
+    theirs = answer["response"]
+    kept = ours.partition("\ufffd")[0]  # Ollama leaves out what is not a whole letter
+    if not answer["done"]:  # the server ends an answer that repeats itself
+        kept = kept[: len(theirs)]
+    if kept != ours:
+        theirs = theirs[: len(kept)]
+    first = tokenizer.encode(kept)
+    second = tokenizer.encode(theirs)
+    same = len(os.path.commonprefix([first, second]))
+    return same, max(len(first), len(second)), ours[len(kept) :]
+
+
+def measure_agreement(url, name, path, tokenizer, texts):
+    """Let Ollama continue the texts. Return the share of tokens that are PyTorch's."""
+    create_model(url, name, [path], template="{{ .Prompt }}")
+    request = {"model": name, "raw": True, "stream": False}
+    request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": LENGTH}
+    same = 0
+    total = 0
+    for prompt, ours in texts.items():
+        answer = ask(f"{url}/api/generate", json={**request, "prompt": prompt})
+        equal, compared, rest = compare(tokenizer, ours, answer)
+        print(f"{prompt!r}\n  PyTorch: {ours!r}\n  Ollama:  {answer['response']!r}")
+        if rest:
+            print(f"  Not compared: {rest!r}")
+        same += equal
+        total += compared
+    return f"{same / total:.2%}" if total >= 20 else "not measured"
+
+
+def main(quick=False, folder=None):
+    models = ROOT / ("models/quick" if quick else "models")
+    command = "uv run src/llm/05_pretrain_gpt2.py" + (" --quick" if quick else "")
+    model, tokenizer = load_model(folder or models / "gpt2_mini", command)
+    print(f"{model.num_parameters():,} parameters")
+    files = {"F32": models / "ollama/my_gpt2.gguf", "Q8_0": models / "ollama/my_gpt2_q8_0.gguf"}
+    (models / "ollama").mkdir(parents=True, exist_ok=True)
+    for form, path in files.items():
+        write_gguf(path, model, tokenizer, form)
+    (models / "ollama/Modelfile").write_text(MODELFILE)
+
+    url = server_url(os.environ.get("OLLAMA_HOST", ""))
+    version = ask(f"{url}/api/version")["version"]
+    texts = {prompt: ask_torch(model, tokenizer, prompt) for prompt in PROMPTS}
+    results = [f"server = {version}"]
+    for form, path in files.items():
+        print(f"{form}, in Ollama {version} at {url}:")
+        name = path.stem.replace("_", "-") + ("-quick" if quick else "")
+        agreement = measure_agreement(url, name, path, tokenizer, texts)
+        prefix = "q8_0_" if form == "Q8_0" else ""
+        results.append(f"{prefix}bytes = {path.stat().st_size:,}")
+        results.append(f"{prefix}agreement = {agreement}")
+    print(f"Result: {', '.join(results)}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: 8 tokens, models/quick/")
-    cli.add_argument("--model", type=Path, help="another folder: an adapter's, or models/gpt2_mini")
-    cli.add_argument("--quantize", choices=["f32", "q8_0"], default="f32")
-    cli.add_argument("--url", default="", help="the server; else OLLAMA_HOST; else this machine's")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, in models/quick/")
+    parser.add_argument("--model", type=Path, help="a folder with a different GPT-2")
+    arguments = parser.parse_args()
     try:
-        main(**vars(cli.parse_args()))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; no file is left half-written.")
+        main(arguments.quick, arguments.model)
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
+    except (LookupError, TypeError, ValueError) as error:
+        sys.exit(f"This is not an answer of Ollama: {error!r}")

@@ -1,0 +1,189 @@
+"""Your model in Ollama: merge your adapter into SmolLM2 and talk to the model that you tuned.
+
+Run:    uv run src/llm/13_your_model_in_ollama.py
+Needs:  models/smollm2/, models/smollm2_lora/ (and a running Ollama, for the comparison)
+Makes:  models/my_tutor/
+Expect: equal >= 15
+
+Merging adds the adapter's changes to the weights, so that two folders become one ordinary model.
+Ollama imports the folder. An import can go wrong without an error message, and the answers still
+look sensible. Only a comparison shows it: PyTorch and Ollama answer the same sixteen questions.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import requests
+from tokenizers import Regex, pre_tokenizers
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "my-tutor"  # the model's name in Ollama
+LENGTH = 60  # the most tokens in an answer
+ROPE_THETA_ON_TOP = True  # False: as transformers writes it, where Ollama does not look
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""  # the chat format of SmolLM2, in the language of Ollama's templates
+STOP = ["<|im_start|>", "<|im_end|>"]  # where an answer ends
+WORDS = (  # Qwen2's rule to split a text into words. Ollama knows this rule, not SmolLM2's own
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SESSION = requests.Session()
+SESSION.trust_env = False  # no proxy between this machine and itself
+
+
+# MERGE: the result is a folder that any program for language models can read.
+def load_tuned_model(base, adapter, command):
+    """Return the base model with the adapter merged into it, and its tokenizer."""
+    from peft import PeftModel  # takes seconds to import
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        trained_on = config["base_model_name_or_path"]
+        if trained_on != base.relative_to(ROOT).as_posix():
+            raise ValueError(f"the adapter was trained on {trained_on}, not on {base}")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        return model, AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # a missing or damaged folder, or an adapter of a different model
+        reason = str(error).partition("\n")[0]
+        sys.exit(f"Cannot merge {adapter}: {reason}. Make it with: {command}")
+
+
+def save_model(model, tokenizer, folder):
+    """Write a folder of a temporary name, then rename it. A crash never leaves half a model."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    # README: start
+    if ROPE_THETA_ON_TOP:  # transformers writes it inside rope_parameters, and Ollama takes 10,000
+        model.config.rope_theta = model.config.rope_parameters["rope_theta"]
+    model.half().save_pretrained(part)  # 16 bits for a weight, as Ollama stores them
+    tokenizer.save_pretrained(part)
+    # README: end
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
+
+
+# SERVE: requests as in llm/08.
+def server_url(address):
+    """Read an address as the ollama command reads OLLAMA_HOST. Each part of it may be missing."""
+    form = r"(?:(.*?)://)?(\[.*?\]|[^:/]*:[^:/]*:[^/]*|[^:/]*)(?::([^/]*))?/*(.*)"
+    scheme, host, port, path = re.fullmatch(form, address.strip(" \"'")).groups("")
+    if not port.isdecimal() or int(port) > 65535:
+        port = {"http": 80, "https": 443}.get(scheme, 11434)
+    host = host.strip("[]") or "127.0.0.1"
+    if ":" in host:  # IPv6
+        host = f"[{host}]"
+    return f"{scheme or 'http'}://{host}:{port}/{path}".rstrip("/")
+
+
+def ask(url, **content):
+    """Return the server's answer to a request, or stop with a sentence."""
+    try:
+        method = SESSION.post if content else SESSION.get
+        response = method(url, timeout=(5, 300), **content)
+        answer = response.json() if response.content else {}
+    except requests.RequestException as error:
+        start = "Is Ollama running? Start it with: scripts/ollama.sh start"
+        sys.exit(f"No answer from {url} ({type(error).__name__}). {start}")
+    if "error" in answer:
+        sys.exit(f"The server answers: {answer['error']!r}")
+    return answer
+
+
+def create_model(url, name, files, **settings):
+    """Upload files under their SHA-256 digests, and let the server make a model of them."""
+    digests = {}
+    for path in files:
+        data = path.read_bytes()  # once, because a second run may replace the file
+        digests[path.name] = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        blob = f"{url}/api/blobs/{digests[path.name]}"
+        if SESSION.head(blob, timeout=5).status_code != 200:
+            ask(blob, data=data)
+    ask(f"{url}/api/create", json={"model": name, "files": digests, "stream": False, **settings})
+
+
+# COMPARE: the most likely answer of each program to each question.
+def ask_torch(model, tokenizer, question):
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
+    answer = written[0, prompt["input_ids"].shape[1] :]
+    return tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def ask_ollama(url, name, question):
+    request = {"model": name, "stream": False, "truncate": False}
+    request["messages"] = [{"role": "user", "content": question}]
+    request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": LENGTH}
+    answer = ask(f"{url}/api/chat", json=request)
+    return answer["message"]["content"], answer["done"]
+
+
+def read_questions():
+    """Return eight learned terms in words that were not learned, and eight terms never seen."""
+    path = ROOT / "data/qa.jsonl"
+    rows = [json.loads(line) for line in path.open(encoding="utf-8-sig") if line.strip()]
+    learned = [row["questions"][-1] for row in rows if row["split"] == "train"]
+    unseen = [row["questions"][0] for row in rows if row["split"] != "train"]
+    return {"Learned terms, new words": learned[:8], "Terms never seen": unseen[:8]}
+
+
+def main(quick=False):
+    warnings.simplefilter("ignore")  # peft uses names that transformers will change
+    models = ROOT / ("models/quick" if quick else "models")
+    command = "uv run src/llm/07_finetune_lora.py" + (" --quick" if quick else "")
+    model, tokenizer = load_tuned_model(models / "smollm2", models / "smollm2_lora", command)
+    folder = models / "my_tutor"
+    save_model(model, tokenizer, folder)
+    model.float()  # compute in 32 bits with the rounded weights, as Ollama does
+
+    url = server_url(os.environ.get("OLLAMA_HOST", ""))
+    version = ask(f"{url}/api/version")["version"]
+    name = NAME + ("-quick" if quick else "")
+    settings = {"template": TEMPLATE, "system": SYSTEM, "parameters": {"stop": STOP}}
+    create_model(url, name, sorted(folder.iterdir()), **settings)
+    equal = 0
+    for title, questions in read_questions().items():
+        print(f"{title}, in Ollama {version} at {url}:")
+        for question in questions:
+            ours = ask_torch(model, tokenizer, question)
+            theirs, complete = ask_ollama(url, name, question)
+            if not complete:  # the server ends an answer that repeats itself
+                ours = ours[: len(theirs)]
+            print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
+            equal += ours == theirs
+    message = {"role": "user", "content": "I do not understand dropout. Help me."}
+    request = json.dumps({"model": name, "stream": False, "messages": [message]})
+    print("Talk to your model:")
+    print(f'  ollama run {name} "{message["content"]}"')
+    print(f"  curl {url}/api/chat -d '{request}'")
+    print(f"Result: server = {version}, questions = 16, equal = {equal}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some letters
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, in models/quick/")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.quick)
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
+    except (LookupError, TypeError, ValueError) as error:
+        sys.exit(f"This is not an answer of Ollama: {error!r}")
