@@ -1,54 +1,56 @@
-"""Model optimisation: one network in six forms, and whether it is still the same network.
+"""Model optimization: run one network in nine versions and compare accuracy, size and speed.
 
 Run:    uv run src/advanced/02_model_optimization.py
 Needs:  models/mnist_cnn.pth
-Makes:  models/mnist_cnn_int8.pth
-Expect: forms >= 5, outside_tolerance = 0, worst_accuracy >= 98.3 %, int8_smaller >= 65 %, data = MNIST
+Makes:  models/mnist_cnn_scripted.pt, models/mnist_cnn.onnx, models/mnist_cnn_int8.pth
+Expect: versions >= 6, wrong = 0, worst_accuracy >= 98.3%, int8_smaller >= 65%, data = MNIST
 
-A smaller or faster form of a network is worth nothing if it answers otherwise. So each form shows here
-how far its logits are from the plain network's. Forms to ship: 18_export.py. Times: 16_faster_or_not.py.
+A smaller or faster version of a network is useless if it answers differently. So we first compare
+each version with the original network. Only correct versions are timed, and only their files kept.
 """
 
 import argparse
-import contextlib
 import copy
-import io
-import math
-import os
+import logging
+import subprocess
 import sys
-import time
+import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import autocast, nn
+from torch import nn
+from torch.utils.benchmark import Timer
+from torchvision import datasets
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-BATCHES = 1, 512
+ROUNDS = 21
+ALLOWED = {  # how much the logits may differ; 16 and 8 bits round more than 32
+    "eager": 1e-4,  # the original network, as PyTorch runs it
+    "channels_last": 1e-4,
+    "bf16 autocast": 5e-3,
+    "torch.compile": 1e-4,
+    "TorchScript": 1e-4,
+    "AOTInductor": 1e-4,
+    "ONNX Runtime": 1e-4,
+    "ONNX Runtime GPU": 1e-4,
+    "int8 torch.ao": 1.5e-2,
+    "int8 torchao": 1.5e-2,
+}
+CPU_ONLY = ["ONNX Runtime", "int8 torch.ao"]  # compared with eager on the CPU, too
+COMPILED = ["torch.compile", "AOTInductor"]  # --quick leaves out what needs a C++ compiler
+FILES = {
+    "TorchScript": "mnist_cnn_scripted.pt",
+    "ONNX Runtime": "mnist_cnn.onnx",
+    "int8 torchao": "mnist_cnn_int8.pth",
+}
 
 
-# DATA: as in intermediate/02_cnn.py, which downloads it; here only the test images are needed.
-def load_test_images():
-    """Return the test images [N, 1, 28, 28] in 0..1, their labels [N] and the name of the data set."""
-    file = ROOT / "data" / "MNIST" / "raw" / "t10k"
-    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
-        labels = np.fromfile(f"{file}-labels-idx1-ubyte", np.uint8)[8:]  # behind the header
-        images = np.fromfile(f"{file}-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 1, 28, 28)
-        if len(images) == len(labels) > 0:
-            return torch.from_numpy(images) / 255, torch.from_numpy(labels).long(), "MNIST"
-    print("MNIST is not in data/: scikit-learn's digits stand in")
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()  # 02_cnn.py trains on the first 1437
-    images = torch.tensor(digits.images[1437:, None] / 16, dtype=torch.float32)  # [N, 1, 8, 8]
-    images = F.pad(F.interpolate(images, size=20, mode="bilinear"), (4, 4, 4, 4))
-    return images, torch.tensor(digits.target[1437:]), "scikit-learn digits"
-
-
-# LOAD: the network of intermediate/02_cnn.py; load as in intermediate/01_save_load.py.
+# MODEL: the network of intermediate/02.
 class CNN(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
@@ -58,143 +60,191 @@ class CNN(nn.Module):
         self.fc2 = nn.Linear(64, num_classes)
 
     def forward(self, x):  # [N, 1, 28, 28]
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # [N, 8, 14, 14]; pooled first: 4x less to ReLU
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))  # [N, 16, 7, 7]
-        x = F.relu(self.fc1(x.flatten(1)))  # [N, 64]
-        return self.fc2(x)  # [N, 10], one logit per digit
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # [N, 8, 14, 14]
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [N, 16, 7, 7]
+        x = F.relu(self.fc1(x.flatten(1)))  # [N, 16, 7, 7] -> [N, 784] -> [N, 64]
+        return self.fc2(x)  # [N, 10], a logit (a score before softmax) per digit
 
 
-def load(model, path, command):
-    """Load the state_dict in path into model; exit with a sentence that names the command to type."""
+def load(model, path, lesson):
+    """Load the weights in path into model, or stop and name the lesson that makes the file."""
     try:
-        state = torch.load(path, map_location=DEVICE, weights_only=True)
+        model.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
     except FileNotFoundError:
-        sys.exit(f"{path} is missing. Make it with: {command}")
-    except Exception as error:  # a damaged file can fail in a dozen ways
-        sys.exit(f"{path} is damaged ({type(error).__name__}). This makes a good one: {command}")
-    try:
-        model.load_state_dict(state)
-    except Exception as error:  # other names, other shapes, or no state_dict at all
-        sys.exit(
-            f"{path} is not this network's ({type(error).__name__}). This makes one that fits: {command}"
-        )
+        sys.exit(f"{path} is missing. Make it with: uv run {lesson}")
+    except Exception as error:  # another network's weights, or another kind of file
+        reason = f"does not hold this network's weights ({type(error).__name__})"
+        sys.exit(f"{path} {reason}. Make it with: uv run {lesson}")
     return model.eval()
 
 
-# FORMS: each changes a copy of the network, and returns what to call.
-def make_torchao(model, images):  # the successor of torch.ao
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+# VERSIONS: each is a function from images to logits. Some write a file, and are loaded from it.
+def make_version(version, model, images, file):
+    """Return a version of the model, which may change; images are an example of the input."""
+    any_batch = ({0: torch.export.Dim("batch", min=1, max=4096)},)  # accept 1 to 4,096 images
+    match version:
+        case "eager":
+            return model
+        case "channels_last":  # the channels of a pixel lie side by side in memory
+            return model.to(memory_format=torch.channels_last)
+        case "bf16 autocast":  # 16 bits instead of 32 when that is safe
+            return torch.autocast(images.device.type, torch.bfloat16)(model.forward)
+        case "torch.compile":  # new machine code, made at the first call
+            return torch.compile(model, fullgraph=True, dynamic=True)
+        case "TorchScript":  # a file that needs no Python; deprecated
+            torch.jit.script(model).save(file)
+            return torch.jit.load(file, map_location=images.device)
+        case "AOTInductor":  # compiled ahead of time, for this kind of machine only
+            program = torch.export.export(model, (images,), dynamic_shapes=any_batch)
+            torch._inductor.aoti_compile_and_package(program, package_path=file)
+            return torch._inductor.aoti_load_package(file)
+        case "ONNX Runtime" | "ONNX Runtime GPU":  # a file for every language with such a runtime
+            import onnxruntime
 
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
-    return model
+            provider = "CPUExecutionProvider" if version in CPU_ONLY else "CUDAExecutionProvider"
+            if provider not in onnxruntime.get_available_providers():
+                raise RuntimeError(f"this onnxruntime has no {provider}")
+            program = torch.onnx.export(model, (images,), dynamic_shapes=any_batch, verbose=False)
+            program.save(file)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            # Idle threads sleep, so they do not slow the other versions.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session = onnxruntime.InferenceSession(file, options, providers=[provider])
+            if provider not in session.get_providers():
+                raise RuntimeError(f"{provider} does not start")
+
+            def run_in_onnx(x):  # with a GPU, the time includes the copies to the CPU and back
+                logits = session.run(None, {"x": x.cpu().numpy()})[0]
+                return torch.from_numpy(logits).to(x.device)
+
+            return run_in_onnx
+        case "int8 torch.ao":  # the linear layers in 8 bits; deprecated
+            return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+        case "int8 torchao":  # replaces torch.ao
+            from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+            quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
+            return model
 
 
-FORMS = {  # channels_last: the channels of a pixel side by side; autocast(...)(f): f, under autocast
-    "eager": lambda model, images: model,
-    "channels_last": lambda model, images: model.to(memory_format=torch.channels_last),
-    "bf16 autocast": lambda model, images: autocast(DEVICE.type, torch.bfloat16)(model.forward),
-    "torch.compile": lambda model, images: torch.compile(model, fullgraph=True, dynamic=True),
-    "int8 torch.ao": lambda model, images: torch.ao.quantization.quantize_dynamic(
-        model, {nn.Linear}, inplace=True
-    ),  # as the notes have it: deprecated, and for a CPU only
-    "int8 torchao": make_torchao,
-}
-# How far a logit may be from the plain network's; fewer bits are allowed more than the order of a sum.
-ALLOWED = {"bf16 autocast": 0.5, "int8 torch.ao": 1.0, "int8 torchao": 1.0}  # elsewhere 0.001
-NOT_QUICK = ["torch.compile"]  # a C++ compiler takes longer than all the rest
+# MEASURE: the versions take turns, because a machine's speed changes (advanced/05).
+def time_in_turn(calls, seconds=2.0):
+    """Return {name: [seconds per call, one number for each round]}."""
+    times = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            times[name].append(timer.blocked_autorange(min_run_time=seconds / ROUNDS).median)
+    return times
 
 
-def pack(model):
-    torch.save(model.state_dict(), file := io.BytesIO())
-    return file.getvalue()
+def compare(base, other):
+    """Return how many times as fast other is, its 95% interval (bootstrap, Efron 1979), verdict."""
+    base, other = np.array(base), np.array(other)
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
+    ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
+    verdict = "no difference"
+    if low > 1:
+        verdict = "faster"
+    elif high < 1:
+        verdict = "slower"
+    return np.median(base) / np.median(other), low, high, verdict
 
 
-def packed(make):
-    """Return what check_form wants: a function that makes both, what to call and what to ship."""
-    return lambda model, images: (make(model, images), pack(model))
-
-
-# CHECK: the same test images for every form, and the reason where this machine cannot run one.
 @torch.inference_mode()
-def answer(call, images):
-    logits = [call(chunk).float().cpu() for chunk in images.split(BATCHES[-1])]
-    return torch.cat(logits).view(len(images), 10)  # an error, unless each image has its answer
+def compare_speed(eager, call, images, quick):
+    """Return how many times as fast call is (95% interval), and the verdict."""
+    calls = {"eager": partial(eager, images), "version": partial(call, images)}
+    times = time_in_turn(calls, seconds=0.1 if quick else 1.0)
+    _, low, high, verdict = compare(times["eager"], times["version"])
+    return f"{low:.2f} to {high:.2f}", verdict
 
 
-def check_form(make, allowed, model, images, labels, expected):
-    """Return what to call, what to ship, the accuracy (None if it does not run), and the row."""
-    start = time.perf_counter()
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what concerns the learner is printed
-            call, content = make(copy.deepcopy(model), images)
-            parts = [answer(call, images[:batch]) for batch in BATCHES]  # some compile only now
-        seconds, logits = time.perf_counter() - start, answer(call, images)
-    except Exception as error:  # no package, no compiler, another batch size than it was made for
-        return None, None, None, f"not run: {type(error).__name__}: {error}".partition("\n")[0][:86]
-    gaps = torch.cat([part - expected[: len(part)] for part in [*parts, logits]])
-    difference, answers = gaps.abs().max().item(), logits.argmax(dim=1)
-    accuracy = (answers == labels).float().mean().item()
-    same = (answers == expected.argmax(dim=1)).float().mean().item()
-    verdict = "kept" if difference <= allowed else "BROKEN"  # nan is broken too
-    row = f"{seconds:5.1f} s | {len(content) / 1024:5.1f} | {accuracy:8.2%} | {same:8.2%} | "
-    return call, content, accuracy, f"{row}{difference:14.6f} | {allowed:.3f} {verdict}"
+# CHECK: first compare the logits. Only if they are right, keep the file and measure the speed.
+@torch.inference_mode()
+def predict(call, images):
+    batches = [images[:1], *images.split(512)]  # one image alone, then all
+    return torch.cat([call(batch).float().cpu() for batch in batches])  # [1 + N, 10]
 
 
-# SAVE: as in basics/07_activations.py.
-def save(write, path):
-    """Let write(file) fill a new file, then rename it to path; exit with a sentence if that fails."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            write(file)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        sys.exit(
-            f"Cannot write {path}: {error}. Make room or mend its permissions, then run again."
-        )
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-    print(f"Saved {path.relative_to(ROOT).as_posix()}")
+def measure(version, model, images, labels, models, quick):
+    """Make a version and print its row; return numbers of the row, or None if it cannot run."""
+    if version in CPU_ONLY:
+        images = images.cpu()
+    eager = copy.deepcopy(model).to(images.device)
+    network = copy.deepcopy(eager)
+    with tempfile.TemporaryDirectory(dir=models) as folder:
+        file = Path(folder, FILES.get(version, "not_kept.pt2"))
+        try:
+            call = make_version(version, network, images[:2], file)
+            logits = predict(call, images)
+            if not file.exists():
+                torch.save(network.state_dict(), file)
+        except Exception as error:  # no package, no compiler, or the wrong kind of device
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{version:13} | not run: {reason[:80]}")
+            return None
+        # README: start
+        expected = predict(eager, images)
+        difference = ((logits - expected).norm() / expected.norm()).item()
+        is_right = difference <= ALLOWED[version]  # False if the difference is not a number
+        size = file.stat().st_size
+        if is_right and version in FILES:
+            file.replace(models / file.name)
+        # README: end
+    accuracy = (logits[1:].argmax(dim=1) == labels).float().mean().item()
+    row = {"accuracy": accuracy, "is_right": is_right, "size": size}
+    text = f"{version:13} | {images.device.type:4} | {accuracy:8.2%} | {difference:8.4%}"
+    if is_right:
+        batch = images[:64] if quick else images[:512]
+        row["speed"], verdict = compare_speed(eager, call, images[:1], quick)
+        batch_speed, batch_verdict = compare_speed(eager, call, batch, quick)
+        text += f" | {row['speed']} {verdict:13} | {batch_speed} {batch_verdict:13}"
+        text += f" | {size / 1024:.0f} KiB {FILES.get(version, '')}"
+    else:
+        text += f" | WRONG: only {ALLOWED[version]:.2%} is allowed"
+    print(text.rstrip())
+    return row
 
 
 def main(quick=False):
-    torch.backends.cudnn.allow_tf32 = False  # or a GPU's plain network would round its numbers too
-    models, count = (ROOT / "models/quick", 1000) if quick else (ROOT / "models", None)
-    command = f"uv run src/intermediate/02_cnn.py{' --quick' if quick else ''}"
-    model = load(CNN().to(DEVICE), models / "mnist_cnn.pth", command)
-    images, labels, source = load_test_images()
-    images, labels = images[:count].to(DEVICE), labels[:count]
-    expected, sizes, accuracies, broken = answer(model, images), {}, [], 0
-    print("Form          | made in |   KiB | accuracy | as eager | largest Δlogit | allowed")
-    for name, make in FORMS.items():
-        if quick and name in NOT_QUICK:
-            print(f"{name:13} | not run: --quick leaves its compiler out")
-            continue
-        allowed = ALLOWED.get(name, 1e-3)  # the batch alone moves the last bits
-        _, content, accuracy, row = check_form(
-            packed(make), allowed, model, images, labels, expected
-        )
-        print(f"{name:13} | {row}")
-        if content:
-            sizes[name] = len(content)
-            accuracies.append(accuracy)
-            broken += row.endswith("BROKEN")
-        if name == "int8 torchao" and row.endswith("kept"):
-            save(lambda file, content=content: file.write(content), models / "mnist_cnn_int8.pth")
-    smaller = 1 - sizes.get("int8 torchao", math.nan) / sizes["eager"]
-    print(f"int8: 71 % smaller in the notes, here {smaller:.0%}")
-    print(
-        f"Result: forms = {len(sizes)}, outside_tolerance = {broken}, "
-        f"worst_accuracy = {min(accuracies):.2%}, int8_smaller = {smaller:.0%}, data = {source}"
-    )
+    torch.backends.cudnn.allow_tf32 = False  # use full float32 precision on a GPU
+    logging.disable(logging.WARNING)  # hide messages of the exporters
+    warnings.simplefilter("ignore")  # the comments above say what is deprecated
+    subprocess.run([sys.executable, ROOT / "scripts/get_data.py", "MNIST"], check=True)
+    test = datasets.MNIST(ROOT / "data", train=False)
+    count = 1000 if quick else 10_000
+    images = test.data[:count].unsqueeze(1).to(DEVICE) / 255  # [N, 1, 28, 28]
+    models = ROOT / ("models/quick" if quick else "models")
+    lesson = "src/intermediate/02_cnn.py" + (" --quick" if quick else "")
+    model = load(CNN().to(DEVICE), models / "mnist_cnn.pth", lesson)
+
+    print("Version       | on   | accuracy | logits   | times as fast: 1 image     | 512 images")
+    rows = {}
+    for version in ALLOWED:
+        if not quick or version not in COMPILED:
+            row = measure(version, model, images, test.targets[:count], models, quick)
+            if row:
+                rows[version] = row
+    wrong = sum(not row["is_right"] for row in rows.values())
+    worst = min(row["accuracy"] for row in rows.values())
+    result = f"versions = {len(rows)}, wrong = {wrong}, worst_accuracy = {worst:.2%}"
+    if "speed" in rows.get("TorchScript", {}):
+        result += f", torchscript = {rows['TorchScript']['speed']}"
+    if "int8 torchao" in rows:
+        result += f", int8_smaller = {1 - rows['int8 torchao']['size'] / rows['eager']['size']:.0%}"
+    print(f"Result: {result}, data = {(ROOT / 'data/MNIST/SOURCE').read_text()}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: no compilers, models/quick/")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, saves to models/quick/")
+    arguments = parser.parse_args()
     try:
-        main(**vars(cli.parse_args()))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; no file is left half-written.")
+        main(arguments.quick)
+    except subprocess.CalledProcessError:  # get_data.py has said why
+        sys.exit(1)
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
