@@ -3,9 +3,9 @@
 import re
 
 import pytest
-import records
 import torch
 from conftest import load_lesson, run
+from course import read_result
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +54,7 @@ def test_a_checkpoint_from_the_gpu_loads_on_the_cpu(course):
 def quick_on_gpu(course, name):
     quick = run(course, name, "--quick")
     assert quick.returncode == 0, quick.stderr
-    return quick.stdout, records.read_result(quick.stdout)
+    return quick.stdout, read_result(quick.stdout)
 
 
 def test_the_gpu_stands_against_the_cpu(course):
@@ -80,7 +80,27 @@ def test_latency_is_measured_in_every_way_that_needs_no_compiler(course):
 
 
 def test_a_real_out_of_memory_is_survived(course):
-    assert quick_on_gpu(course, "advanced/05_memory_management")[1]["out_of_memory"] == "survived"
+    output, result = quick_on_gpu(course, "advanced/06_memory_management")
+    assert result["out_of_memory"] == "survived"
+    assert "CUDA out of memory" in output
+    assert "simulated" not in output
+    assert "MB allocated" in output
+    assert "after empty_cache()" in output
+
+
+def test_the_profiler_sees_the_gpu_work(course):
+    output, result = quick_on_gpu(course, "advanced/09_profiling")
+    rows = re.findall(r"aten::\w+ +[\d.]+ +([\d.]+)", output)
+    assert max(float(milliseconds) for milliseconds in rows) > 0
+    assert result["waits_before"] == 32
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_process_trains_on_its_own_gpu(course):
+    output, result = quick_on_gpu(course, "advanced/10_multi_gpu")
+    assert "2 processes on cuda" in output
+    assert re.search(r"^DataParallel +\| ", output, re.MULTILINE)
+    assert result["fsdp_difference"] <= 0.000001
 
 
 @pytest.mark.parametrize("name", ["llm/05_pretrain_gpt2", "llm/10_kv_cache"])
