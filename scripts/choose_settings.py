@@ -1,9 +1,10 @@
-"""Choose the learning rate and the batch size of the two MNIST lessons, without the test images.
+"""Choose learning rate and batch size of the two MNIST lessons, without the test images.
 
     uv run scripts/choose_settings.py
 
-Each setting trains three times on the first 50,000 training images, and is judged by its mean accuracy on
-the other 10,000. What was tried goes into this machine's record, and run_course.py check compares the lessons with it.
+Each setting trains three times on the first 50,000 training images, and is judged by its mean
+accuracy on the other 10,000. This machine's record keeps what was tried, and
+`uv run scripts/render.py --check` compares the lessons with it.
 """
 
 import contextlib
@@ -13,11 +14,14 @@ import os
 from datetime import date
 
 import torch
-from records import ROOT, describe_machine, read_record, write_record
-from torch.utils.data import DataLoader, TensorDataset
+from course import ROOT, describe_machine, keep
+from torch.utils.data import DataLoader, Subset
 
-LESSONS = ("basics/09_mnist", "intermediate/02_cnn")
-LEARNING_RATES, BATCH_SIZES, SEEDS, KEPT_BACK = (3e-3, 7e-3, 1.5e-2, 3e-2), (64, 128), 3, 10_000
+LESSONS = ["basics/09_mnist", "intermediate/02_cnn"]
+LEARNING_RATES = [3e-3, 7e-3, 1.5e-2, 3e-2]
+BATCH_SIZES = [64, 128]
+SEEDS = 3
+TRAINING = 50_000  # images; the rest is for validation
 
 
 def load_lesson(name):
@@ -28,41 +32,38 @@ def load_lesson(name):
 
 
 def judge(lesson, seed):
-    """Train once as the lesson does; return the accuracy on the images kept back."""
+    """Train once as the lesson does; return the accuracy on the validation images."""
     torch.manual_seed(seed)
-    images, labels = lesson.read_images("MNIST", "train")
-    train, kept = (
-        (images[:-KEPT_BACK], labels[:-KEPT_BACK]),
-        (images[-KEPT_BACK:], labels[-KEPT_BACK:]),
-    )
     if hasattr(lesson, "CNN"):
+        images, labels = lesson.load_mnist(train=True)
         model = lesson.CNN().to(lesson.DEVICE, memory_format=torch.channels_last)
-        lesson.train(model, *(tensor.to(lesson.DEVICE) for tensor in train), lesson.EPOCHS)
+        lesson.train(model, images[:TRAINING], labels[:TRAINING], lesson.EPOCHS)
+        correct = (lesson.predict(model, images[TRAINING:]) == labels[TRAINING:]).sum().item()
     else:
+        dataset = lesson.make_dataset(train=True)
+        images, labels = dataset.tensors
         model = lesson.MLP().to(lesson.DEVICE)
-        loader = DataLoader(TensorDataset(*train), lesson.BATCH_SIZE, shuffle=True)
-        lesson.train(model, loader, lesson.EPOCHS)
-    with torch.inference_mode():
-        predicted = model.eval()(kept[0].to(lesson.DEVICE)).argmax(dim=1).cpu()
-    return (predicted == kept[1]).float().mean().item()
+        chosen = Subset(dataset, range(TRAINING))
+        lesson.train(model, DataLoader(chosen, lesson.BATCH_SIZE, shuffle=True), lesson.EPOCHS)
+        correct = lesson.evaluate(model, images[TRAINING:], labels[TRAINING:])
+    return correct / (len(images) - TRAINING)
 
 
 def main():
     for name in LESSONS:
-        lesson, tried = load_lesson(name), []
+        lesson = load_lesson(name)
+        tried = []
         for rate, size in itertools.product(LEARNING_RATES, BATCH_SIZES):
-            lesson.LEARNING_RATE, lesson.BATCH_SIZE = rate, size
+            lesson.LEARNING_RATE = rate
+            lesson.BATCH_SIZE = size
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                accuracies = [judge(lesson, seed) for seed in range(SEEDS)]
-            accuracy = round(sum(accuracies) / SEEDS, 5)
+                accuracy = sum(judge(lesson, seed) for seed in range(SEEDS)) / SEEDS
+            accuracy = round(accuracy, 5)
             tried.append({"LEARNING_RATE": rate, "BATCH_SIZE": size, "accuracy": accuracy})
             print(f"{name}: learning rate {rate}, batch {size}: {accuracy:.2%}", flush=True)
         best = max(tried, key=lambda setting: setting["accuracy"])
-        machine = describe_machine()
-        record = read_record(machine["machine"])
-        entry = {"date": str(date.today()), "torch": machine["torch"], "best": best, "tried": tried}
-        record["settings"] = record.get("settings", {}) | {name: entry}
-        write_record(record)
+        versions = {"date": str(date.today()), "torch": describe_machine()["torch"]}
+        keep("settings", name, versions | {"best": best, "tried": tried})
 
 
 if __name__ == "__main__":
