@@ -70,7 +70,7 @@ class MNISTTrainingPipeline:
         images, labels = images.to(DEVICE), labels.to(DEVICE)
         steps = epochs * math.ceil(len(labels) / BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, self.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
+            self.optimizer, self.lr, total_steps=steps, cycle_momentum=False
         )
         self.model.train()
         for epoch in range(1, epochs + 1):
