@@ -57,6 +57,16 @@ def quick_on_gpu(course, name):
     return quick.stdout, read_result(quick.stdout)
 
 
+def test_transfer_and_versions_run_on_the_gpu(course):
+    quick_on_gpu(course, "intermediate/02_cnn")
+    assert quick_on_gpu(course, "advanced/01_transfer_learning")[1]["trainable"] == 325
+    output, result = quick_on_gpu(course, "advanced/02_model_optimization")
+    assert result["wrong"] == 0
+    for version in ("eager", "channels_last", "bf16 autocast", "TorchScript"):
+        assert re.search(rf"^{version} +\| cuda \|", output, re.MULTILINE)
+    assert re.search(r"^ONNX Runtime +\| cpu  \|", output, re.MULTILINE)
+
+
 def test_the_gpu_stands_against_the_cpu(course):
     output, _ = quick_on_gpu(course, "advanced/04_gpu_vs_cpu_benchmark")
     assert re.search(r"\d% of its peak", output)
