@@ -310,13 +310,13 @@ LOCAL = {  # only 32 bits are exact enough to show these
 
 def sabotage(lesson, monkeypatch, spoil):
     """Let every conversion be spoiled. It still writes the file of its version."""
-    make_version = lesson.make_version
+    convert_model = lesson.convert_model
 
-    def make_wrong_version(version, model, images, file):
-        make_version(version, copy.deepcopy(model), images, file)
+    def convert_wrongly(version, model, images, file):
+        convert_model(version, copy.deepcopy(model), images, file)
         return spoil(model) or model
 
-    monkeypatch.setattr(lesson, "make_version", make_wrong_version)
+    monkeypatch.setattr(lesson, "convert_model", convert_wrongly)
 
 
 @pytest.mark.parametrize("spoil", SABOTAGED.values(), ids=SABOTAGED)
@@ -345,7 +345,7 @@ def test_an_export_for_two_images_only_does_not_run(versions, monkeypatch, capsy
     def export(version, model, images, file):
         return torch.export.export(model, (images,)).module()
 
-    monkeypatch.setattr(versions, "make_version", export)
+    monkeypatch.setattr(versions, "convert_model", export)
     assert measure(versions, "TorchScript") is None
     assert "TorchScript   | not run: " in capsys.readouterr().out
 

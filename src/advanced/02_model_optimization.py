@@ -79,7 +79,7 @@ def load(model, path, lesson):
 
 
 # VERSIONS: each is a function from images to logits. Some write a file, and are loaded from it.
-def make_version(version, model, images, file):
+def convert_model(version, model, images, file):
     """Return a version of the model, which may change; images are an example of the input."""
     any_batch = ({0: torch.export.Dim("batch", min=1, max=4096)},)  # accept 1 to 4,096 images
     match version:
@@ -96,8 +96,8 @@ def make_version(version, model, images, file):
             return torch.jit.load(file, map_location=images.device)
         case "AOTInductor":  # compiled ahead of time, for this kind of machine only
             program = torch.export.export(model, (images,), dynamic_shapes=any_batch)
-            torch._inductor.aoti_compile_and_package(program, package_path=file)
-            return torch._inductor.aoti_load_package(file)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+            return torch._inductor.aoti_load_package(str(file))
         case "ONNX Runtime" | "ONNX Runtime GPU":  # a file for every language with such a runtime
             import onnxruntime
 
@@ -178,7 +178,7 @@ def measure(version, model, images, labels, models, quick):
     with tempfile.TemporaryDirectory(dir=models) as folder:
         file = Path(folder, FILES.get(version, "not_kept.pt2"))
         try:
-            call = make_version(version, network, images[:2], file)
+            call = convert_model(version, network, images[:2], file)
             logits = predict(call, images)
             if not file.exists():
                 torch.save(network.state_dict(), file)

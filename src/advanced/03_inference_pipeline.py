@@ -197,7 +197,7 @@ def scan(image):
     return Image.fromarray(np.pad(page, ((30, 60), (90, 20)), constant_values=230).astype(np.uint8))
 
 
-def show(names, results):
+def show_answers(names, results):
     """Print the answer or the error for each image; return the number of errors."""
     for name, result in zip(names, results, strict=True):
         answer = f"{name}: {result['digit']}, confidence {result.get('confidence', 0):.2%}"
@@ -209,7 +209,7 @@ def main(quick=False, image=None, model=None):
     path = ROOT / ("models/quick" if quick else "models") / "mnist_pipeline.pth"
     if image:
         pipeline = MNISTInferencePipeline(model or path)
-        sys.exit(1 if show(image, pipeline.predict_batch(image)) else 0)
+        sys.exit(1 if show_answers(image, pipeline.predict_batch(image)) else 0)
     torch.manual_seed(SEED)
     subprocess.run([sys.executable, ROOT / "scripts/get_data.py", "MNIST"], check=True)
     images, labels = load_mnist(train=True)
@@ -224,7 +224,7 @@ def main(quick=False, image=None, model=None):
     step = 20 if quick else 2  # every second image
     images, labels = images[::step].cpu(), labels[::step].tolist()
     mixed = [images[0], "missing.png", scan(images[1]), images[2] * math.nan]
-    refused = show(["as it is", "no file", "scan", "NaN"], pipeline.predict_batch(mixed))
+    refused = show_answers(["as it is", "no file", "scan", "NaN"], pipeline.predict_batch(mixed))
     accuracies = []
     for batch in (images, [scan(image) for image in images]):
         digits = [result["digit"] for result in pipeline.predict_batch(batch)]
