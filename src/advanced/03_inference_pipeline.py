@@ -144,13 +144,13 @@ def fit(gray):
     # README: end
     size = [max(1, round(SIDE * side / max(gray.shape))) for side in gray.shape]
     gray = F.interpolate(gray[None, None], size, mode="bilinear", antialias=True)[0, 0]
-    starts = []
+    start = []
     for axis, side in enumerate(size):  # move the center of mass to the middle
         ink = gray.sum(dim=1 - axis)
         center = (ink @ torch.arange(side, dtype=torch.float32) / ink.sum()).item()
-        starts.append(min(max(round(14 - center), 0), 28 - side))
-    top, left = starts
-    return F.pad(gray, (left, 28 - left - size[1], top, 28 - top - size[0]))
+        start.append(min(max(round(14 - center), 0), 28 - side))
+    right = 28 - start[1] - size[1]
+    return F.pad(gray, (start[1], right, start[0], 28 - start[0] - size[0]))
 
 
 # INFERENCE: other programs import this class, so it raises errors and never exits.
@@ -160,8 +160,8 @@ class MNISTInferencePipeline:
         try:
             self.model.load_state_dict(torch.load(model_path, DEVICE, weights_only=True))
         except Exception as error:  # no such file, or not this network's weights
-            problem = f"{model_path} cannot be used ({type(error).__name__}). Make a file with: "
-            raise ValueError(f"{problem}uv run src/advanced/03_inference_pipeline.py") from error
+            problem = f"{model_path} cannot be used ({type(error).__name__}). Train a network with"
+            raise ValueError(f"{problem}: uv run src/advanced/03_inference_pipeline.py") from error
         self.model.eval()
         print(f"Inference pipeline ready | device: {DEVICE}")
 
