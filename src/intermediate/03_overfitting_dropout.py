@@ -29,9 +29,9 @@ REPEATS = 10  # each result is the mean of this many networks, each with its own
 SEED = 42
 TASKS = {  # name: (number of training samples, share of the labels that a coin decides)
     "20 coin tosses": (20, 1.0),
-    "20 of the rule": (20, 0.0),
-    "200 of the rule": (200, 0.0),
-    "200, 40% tossed": (200, 0.4),
+    "20 labels by the rule": (20, 0.0),
+    "200 labels by the rule": (200, 0.0),
+    "200 labels, 40% tossed": (200, 0.4),
 }
 
 
@@ -115,6 +115,7 @@ def draw(results):
 
 
 def main(quick=False):
+    torch.set_num_threads(1)  # these networks are too small to gain from more threads
     results = {}
     for task, (count, noise) in TASKS.items():
         print(task)
@@ -133,8 +134,8 @@ def main(quick=False):
     path.with_suffix(".part").replace(path)  # a crash never leaves half a picture
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
     noise_train, noise_test = results["20 coin tosses", "no dropout"].mean(dim=0)
-    dropout_train, _ = results["200 of the rule", "dropout"].mean(dim=0)
-    _, rule_test = results["200 of the rule", "no dropout"].mean(dim=0)
+    dropout_train, _ = results["200 labels by the rule", "dropout"].mean(dim=0)
+    _, rule_test = results["200 labels by the rule", "no dropout"].mean(dim=0)
     train_result = f"noise_train = {noise_train:.1%}, dropout_train = {dropout_train:.1%}"
     print(f"Result: {train_result}, noise_test = {noise_test:.1%}, rule_test = {rule_test:.1%}")
 
