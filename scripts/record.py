@@ -42,7 +42,7 @@ import importlib.util, pathlib, sys
 spec = importlib.util.spec_from_file_location("lesson", sys.argv[1])
 lesson = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lesson)
-lesson.SEED = int(sys.argv[2])
+lesson.SEED = int(sys.argv[2]) * getattr(lesson, "REPEATS", 1)  # no seed is used twice
 lesson.ROOT = pathlib.Path(sys.argv[3])
 lesson.main()
 """
