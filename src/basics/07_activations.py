@@ -27,16 +27,16 @@ FUNCTIONS = {"ReLU": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh}
 
 
 # MODEL: two networks from the same random weights. nn.Sequential calls one layer after the other.
+# README: start
 def make_networks():
-    # README: start
     torch.manual_seed(SEED)
     without_activation = nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 1))
     torch.manual_seed(SEED)
     with_relu = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1))
-    # README: end
     return without_activation.to(DEVICE), with_relu.to(DEVICE)
 
 
+# README: end
 # TRAIN: the five steps of basics/06.
 def train(model, x, y, epochs):
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)

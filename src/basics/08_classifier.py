@@ -50,10 +50,10 @@ def train(model, points, labels, epochs):
         # README: start
         logits = model(points)  # [N]
         loss = loss_function(logits, labels)  # small if the right class is probable
-        # README: end
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        # README: end
         if epoch % 200 == 0:
             print(f"Epoch {epoch:4d} | Loss: {loss.item():.4f}")
 
