@@ -1,250 +1,250 @@
-"""Pre-train GPT-2: its own architecture, from random numbers to Python that looks like Python.
+"""Pre-train GPT-2: train a small GPT-2 until it writes text that looks like Python.
 
 Run:    uv run src/llm/05_pretrain_gpt2.py
 Needs:  nothing
-Makes:  models/gpt2_mini/
+Makes:  models/gpt2_mini/, models/plots/llm-05_pretrain_gpt2.png
 Expect: validation_loss <= 4.2, logit_difference <= 0.001
 
-The toy before this one read six lines of text. This is the real thing, only smaller, with megabytes.
+The model of llm/04 learned from six lines. This one has GPT-2's layers, only fewer and smaller. It
+learns from several megabytes of PyTorch's own source code, which is already on your disk.
 """
 
 import argparse
-import contextlib
-import math
-import shutil
 import sys
-import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import nn
-from torch.utils.benchmark import Timer
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY = 128, 4, 4, 256, 2048
-STEPS, WARM_UP, BATCH_SIZE, LEARNING_RATE, SEED = 800, 80, 8, 2e-3, 42
-SOURCES, PARTS = Path(torch.__file__).parent, ("nn", "optim", "distributions", "utils")
-END, PROMPT, CHECKPOINT = "<|endoftext|>", "def forward(self", "checkpoint.pth"
+VOCABULARY = 2048  # different tokens (GPT-2 small: 50,257)
+CONTEXT = 256  # tokens that the model sees at once (1,024)
+WIDTH = 128  # numbers per token (768)
+LAYERS = 4  # blocks (12)
+HEADS = 4  # attention heads per block (12); must divide WIDTH
+STEPS = 800
+BATCH_SIZE = 8
+LEARNING_RATE = 2e-3
+SEED = 42
+END = "<|endoftext|>"
 
 
-# DATA: PyTorch's own Python sources, which are on this disk; every twentieth file is kept back.
-def read_corpus(corpus):
-    """Return the texts to train on and those to validate on; of a single text, its last twentieth."""
-    files = [file for part in PARTS for file in sorted((SOURCES / part).rglob("*.py"))]
-    try:
-        texts = [file.read_text(encoding="utf-8") for file in ([corpus] if corpus else files)]
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"Cannot read the corpus: {error}. Give a UTF-8 text: --corpus FILE")
+def read_texts(corpus):
+    """Return the files of PyTorch's source code, or a corpus in twenty pieces."""
     if corpus:
-        return [texts[0][: -len(texts[0]) // 20]], [texts[0][-len(texts[0]) // 20 :]]
-    return [text for number, text in enumerate(texts) if number % 20], texts[::20]
+        try:
+            text = corpus.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"Cannot read the corpus {corpus}: {error}. Give a text file in UTF-8.")
+        size = len(text) // 20 + 1
+        return [text[start : start + size] for start in range(0, len(text), size)]
+    files = []
+    for folder in ["nn", "optim", "distributions", "utils"]:
+        files += sorted(Path(torch.__file__).parent.joinpath(folder).rglob("*.py"))
+    return [file.read_text(encoding="utf-8") for file in files]
 
 
-def train_tokenizer(texts, size):
-    """Learn a byte-level BPE, as GPT-2's: it can write any text, since the 256 bytes are in it."""
+def train_tokenizer(texts):
+    """A byte-level BPE like GPT-2's: it starts from the 256 bytes, so it can write any text."""
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts, size, special_tokens=[END], show_progress=False)
+    tokenizer.train_from_iterator(texts, VOCABULARY, special_tokens=[END], show_progress=False)
     return Tokenizer.from_str(tokenizer.to_str())
 
 
-# FASTER: GPT-2's GELU, x * sigmoid(x * (a + b * x**2)), by hand: on a CPU torch's takes longer.
-class FastGELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        a = math.sqrt(8 / math.pi)
-        logit = torch.addcmul(x.new_tensor(a), x, x, value=0.044715 * a).mul_(x)
-        gate = torch.sigmoid(logit)
-        slope = logit.sub_(x, alpha=2 / 3 * a)  # a third of x * (a + 3 * b * x**2)
-        slope.addcmul_(gate, slope, value=-1)
-        ctx.save_for_backward(torch.addcmul(gate, gate, slope, value=3, out=slope))
-        return gate.mul_(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return ctx.saved_tensors[0] * gradient
+def encode_texts(tokenizer, texts):
+    """Return all texts as one row of token ids, with END after each text."""
+    return torch.tensor(tokenizer.encode(END.join([*texts, ""])).ids)
 
 
-# MODEL: the block of llm/03_transformer_block.py in one piece; GPT-2's names for all weights.
-class Block(nn.Module):
-    """Map x [N, T, width] to [N, T, width], causally, with heads that each see width / heads numbers."""
-
-    def __init__(self, width, heads):
+# MODEL: GPT-2 (Radford et al. 2019). Each head attends with its own part of the vectors.
+class Attention(nn.Module):
+    def __init__(self):
         super().__init__()
-        self.heads, self.attn, self.mlp = heads, nn.Module(), nn.Module()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn.c_attn = nn.Linear(width, 3 * width)  # queries, keys and values at once
-        self.attn.c_proj = nn.Linear(width, width)
-        self.mlp.c_fc = nn.Linear(width, 4 * width)
-        self.mlp.c_proj = nn.Linear(4 * width, width)
+        self.c_attn = nn.Linear(WIDTH, 3 * WIDTH)  # queries, keys and values at once
+        self.c_proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):  # [N, T, WIDTH]
+        N, T, _ = x.shape
+        parts = self.c_attn(x).split(WIDTH, dim=2)  # three tensors [N, T, WIDTH]
+        q, k, v = (part.view(N, T, HEADS, -1).transpose(1, 2) for part in parts)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [N, HEADS, T, WIDTH / HEADS]
+        return self.c_proj(x.transpose(1, 2).reshape(N, T, WIDTH))
+
+
+class FeedForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c_fc = nn.Linear(WIDTH, 4 * WIDTH)
+        self.c_proj = nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x):
-        qkv = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.heads, -1))
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, T, width / heads]
-        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        x = x + self.attn.c_proj(mixed.transpose(1, 2).flatten(2))
-        hidden = self.mlp.c_fc(self.ln_2(x))
-        hidden = FastGELU.apply(hidden) if x.is_cpu else F.gelu(hidden, approximate="tanh")
-        return x + self.mlp.c_proj(hidden)
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
-class GPT2(nn.Module):
-    """Radford et al. 2019; the token table also serves as the last layer."""
-
-    def __init__(self, vocabulary, context, width, layers, heads):
+# README: start
+class Block(nn.Module):
+    def __init__(self):
         super().__init__()
-        self.plan = {"vocab_size": vocabulary, "n_positions": context, "n_embd": width}
-        self.plan |= {"n_layer": layers, "n_head": heads}  # as a Hugging Face config names them
-        self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.h = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.ln_f = nn.LayerNorm(width)
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:  # what 2 * layers projections give is added up
-                nn.init.normal_(weight, std=0.02 / (2 * layers if "c_proj" in name else 1) ** 0.5)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
+        self.ln_1 = nn.LayerNorm(WIDTH)
+        self.attn = Attention()
+        self.ln_2 = nn.LayerNorm(WIDTH)
+        self.mlp = FeedForward()
+
+    def forward(self, x):  # [N, T, WIDTH]
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+        # README: end
+
+
+class GPT2(nn.Module):  # GPT-2's names for the layers, so other programs can load the weights
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.wte = nn.Embedding(vocabulary, WIDTH)  # one vector for each token
+        self.wpe = nn.Embedding(CONTEXT, WIDTH)  # one vector for each position
+        self.h = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.ln_f = nn.LayerNorm(WIDTH)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids):  # [N, T]
-        x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]  # [N, T, width]
-        for block in self.h:
-            x = block(x)
-        return F.linear(self.ln_f(x), self.wte.weight)  # [N, T, vocabulary], logits
+        x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]  # [N, T, WIDTH]
+        x = self.ln_f(self.h(x))
+        return F.linear(x, self.wte.weight)  # weight tying: wte also computes the logits
 
 
-def language_loss(model, windows):  # [N, T + 1]
-    logits = model(windows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-
-
-# GENERATE: sample from the forty likeliest tokens; each step reads everything before it again.
-@torch.inference_mode()
-def generate(model, tokenizer, length, temperature=0.8, top_k=40):
-    ids = torch.tensor([tokenizer.encode(PROMPT).ids], device=DEVICE)  # [1, T]
-    for _ in range(length):
-        logits, choices = model(ids[:, -CONTEXT:])[:, -1].topk(top_k)
-        picked = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
-        ids = torch.cat([ids, choices.gather(1, picked)], dim=1)
-    return repr(tokenizer.decode(ids[0].tolist()))
-
-
-# TRAIN: AdamW, decay on matrices only, warm-up, cosine, clipped gradients, bf16 on a GPU; for a longer
-# run model.compile() pays. The batch depends on the step alone, so that a run can be resumed.
-def draw_batch(tokens, step):
-    generator = torch.Generator().manual_seed(SEED + step)
-    starts = torch.randint(len(tokens) - CONTEXT, (BATCH_SIZE,), generator=generator)
-    return tokens[starts[:, None] + torch.arange(CONTEXT + 1)].to(DEVICE)
-
-
-def learning_rate(step, steps):
-    warm_up = min(WARM_UP, steps // 5 + 1)
-    progress = max(0, step - warm_up) / (steps - warm_up)
-    return LEARNING_RATE * min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
+def language_loss(model, windows):
+    logits = model(windows[:, :-1])  # [N, T + 1] -> [N, T, vocabulary]
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.inference_mode()
 def evaluate(model, tokens):
-    return sum(language_loss(model, draw_batch(tokens, -n)).item() for n in range(1, 11)) / 10
+    windows = tokens.unfold(0, CONTEXT + 1, CONTEXT + 1).to(DEVICE)  # no overlap
+    losses = [language_loss(model, batch) for batch in windows.split(BATCH_SIZE)]
+    return torch.stack(losses).mean().item()
 
 
-def make_optimizer(model):
-    groups = [{"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
-    groups += [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+@torch.inference_mode()
+def generate(model, tokenizer, prompt="def forward(self", length=20, temperature=0.8, top_k=40):
+    ids = torch.tensor([tokenizer.encode(prompt).ids], device=DEVICE)  # [1, T]
+    for _ in range(length):
+        logits, candidates = model(ids[:, -CONTEXT:])[:, -1].topk(top_k)  # [1, top_k]
+        choice = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+        ids = torch.cat([ids, candidates.gather(1, choice)], dim=1)
+    return tokenizer.decode(ids[0].tolist())
 
 
-def train(model, tokenizer, tokens, validation, steps, every, folder):
-    """Train, and return the validation loss; an interrupted run goes on from its last checkpoint."""
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{len(tokens)} tokens to train on, {len(validation)} to validate, {size:,} parameters")
-    optimizer, first, losses = make_optimizer(model), 0, []
-    settings = [*model.plan.values(), BATCH_SIZE, LEARNING_RATE, SEED, steps, int(tokens.sum())]
-    with contextlib.suppress(Exception):  # none, or not a whole one: begin at the beginning
-        state = torch.load(folder / CHECKPOINT, map_location=DEVICE, weights_only=True)
-        if state["settings"] == settings:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first, losses = state["step"], state["losses"]
-            print(f"Resumed at step {first}")
-    cuda, start = DEVICE.type == "cuda", time.perf_counter()
-    for step in tqdm(range(first, steps), initial=first, total=steps, leave=False, disable=None):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=cuda):
-            loss = language_loss(model, draw_batch(tokens, step))
+def train(model, tokenizer, tokens, validation, losses, checks):
+    steps = len(losses)
+    windows = tokens.unfold(0, CONTEXT + 1, 1)  # one per start; copies nothing
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.12, cycle_momentum=False)
+    every = max(1, steps // 8)
+    for step in tqdm(range(1, steps + 1), leave=False, disable=None):  # a bar on a terminal
+        batch = windows[torch.randint(len(windows), (BATCH_SIZE,))].to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            loss = language_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.detach())
-        if (step + 1) % every == 0:
-            losses = [float(loss) for loss in losses]
-            recent, now = sum(losses[-every:]) / every, evaluate(model, validation)
-            report = f"Step {step + 1:5d} | train loss {recent:.4f} | validation loss {now:.4f}"
-            tqdm.write(f"{report} | {generate(model, tokenizer, 20)}")
-            state = {"settings": settings, "step": step + 1, "losses": losses}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, folder / "checkpoint.part")
-            (folder / "checkpoint.part").replace(folder / CHECKPOINT)
-    speed = (steps - first) * BATCH_SIZE * CONTEXT / (time.perf_counter() - start)
-    work = 6 * size + 12 * LAYERS * WIDTH * CONTEXT  # FLOP for each token: PaLM, arXiv 2204.02311
-    n = 8192 if cuda else 1024
-    matrix = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16 if cuda else torch.float32)
-    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
-    share = speed * work / (2 * n**3 / timer.timeit(20).mean)
-    print(f"{speed:,.0f} tokens/s, {share:.0%} of this device's speed in matrix products")
-    return evaluate(model, validation)
+        schedule.step()
+        losses[step - 1] = loss.detach()
+        if step % every == 0:
+            recent = losses[step - every : step].mean()
+            checks.append((step, evaluate(model, validation)))
+            report = f"Step {step} | train loss {recent:.4f} | validation loss {checks[-1][1]:.4f}"
+            tqdm.write(f"{report} | {generate(model, tokenizer)!r}")
 
 
-# HAND ON: as a Hugging Face folder. Their Conv1D keeps its matrices the other way round from Linear.
-def swap(state):
-    """Transpose the matrices of the blocks, in our state_dict or in theirs; its own inverse."""
-    return {name: t.T if t.dim() == 2 and name[0] == "h" else t for name, t in state.items()}
+def draw(losses, checks):
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(losses.cpu(), alpha=0.5, label="training batch")
+    axis.plot(*zip(*checks, strict=True), marker="o", label="validation")
+    axis.set(xlabel="step", ylabel="loss")
+    axis.legend()
+    return figure
 
 
-def hand_on(model, tokenizer, folder):
-    """Write the folder, read it again, and return the largest difference between the logits."""
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer  # takes seconds
+# EXPORT: a Hugging Face folder. Its files replace the old ones when all of them are complete.
+def export(model, tokenizer, folder, part):
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer  # takes seconds to import
 
-    theirs = GPT2LMHeadModel(GPT2Config(**model.plan, bos_token_id=0, eos_token_id=0))
-    theirs.transformer.load_state_dict(swap(model.cpu().state_dict()))
-    part = folder.with_suffix(".part")  # complete before it takes the place of the old one
-    theirs.save_pretrained(part)
-    GPT2Tokenizer(tokenizer_object=tokenizer, bos_token=END, eos_token=END).save_pretrained(part)
-    shutil.rmtree(folder)
-    part.rename(folder)
+    config = GPT2Config(n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)
+    config.vocab_size = tokenizer.get_vocab_size()
+    config.bos_token_id = config.eos_token_id = tokenizer.token_to_id(END)
+    theirs = GPT2LMHeadModel(config)
+    weights = model.cpu().state_dict()
+    for name, weight in weights.items():
+        if name.startswith("h.") and weight.dim() == 2:  # their Conv1D is a transposed Linear
+            weights[name] = weight.T
+    theirs.transformer.load_state_dict(weights)
+    tokenizer = GPT2Tokenizer(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+    try:
+        theirs.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    except Exception as error:  # each library has its own error for a full disk
+        raise OSError(f"cannot write {folder}: {error}") from error
+    for file in Path(part).iterdir():
+        file.replace(folder / file.name)
     print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
-    ids = torch.arange(CONTEXT)[None]
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    ids = torch.arange(CONTEXT).unsqueeze(0) % config.vocab_size  # [1, CONTEXT]
     with torch.inference_mode():
-        theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
         return (model(ids) - theirs(ids).logits).abs().max().item()
 
 
 def main(quick=False, corpus=None):
-    steps, every = (20, 10) if quick else (STEPS, 100)
-    folder = ROOT / ("models/quick" if quick else "models") / "gpt2_mini"
-    texts = [part[: 40 if quick else None] for part in read_corpus(corpus)]
-    tokenizer = train_tokenizer(texts[0], VOCABULARY)
-    parts = map(tokenizer.encode_batch, texts)  # below, END, whose id is 0, after each text: [T]
-    tokens, validation = (torch.tensor([i for t in part for i in [*t.ids, 0]]) for part in parts)
-    if min(len(tokens), len(validation)) < CONTEXT + 2:
-        sys.exit(f"The corpus is too short: each part needs {CONTEXT + 2} tokens")
+    if HEADS < 1 or WIDTH % HEADS != 0:
+        sys.exit(f"HEADS = {HEADS} does not divide WIDTH = {WIDTH} into equal parts.")
     torch.manual_seed(SEED)
-    model = GPT2(tokenizer.get_vocab_size(), CONTEXT, WIDTH, LAYERS, HEADS).to(DEVICE)
+    texts = read_texts(corpus)[: 45 if quick else None]
+    training = [text for number, text in enumerate(texts) if number % 20 != 0]
+    tokenizer = train_tokenizer(training)
+    tokens = encode_texts(tokenizer, training)
+    validation = encode_texts(tokenizer, texts[::20])
+    print(f"{len(tokens):,} tokens to train on, {len(validation):,} to validate on")
+    if min(len(tokens), len(validation)) <= CONTEXT:
+        sys.exit(f"The corpus is too short: each part needs more than CONTEXT = {CONTEXT} tokens.")
+    model = GPT2(tokenizer.get_vocab_size()).to(DEVICE)
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    losses = torch.zeros(16 if quick else STEPS, device=DEVICE)
+    checks = []
+    folder = ROOT / ("models/quick/gpt2_mini" if quick else "models/gpt2_mini")
     folder.mkdir(parents=True, exist_ok=True)
-    loss = train(model, tokenizer, tokens, validation, steps, every, folder)
-    difference = hand_on(model, tokenizer, folder)
+    with TemporaryDirectory(dir=folder, suffix=".part") as part:  # fails now if it cannot write
+        try:
+            train(model, tokenizer, tokens, validation, losses, checks)
+        except KeyboardInterrupt:
+            print("Stopped by Ctrl-C. Saving the model that you have so far.")
+        loss = evaluate(model, validation)
+        difference = export(model, tokenizer, folder, part)
+    done = losses.count_nonzero()
+    (folder.parent / "plots").mkdir(exist_ok=True)
+    draw(losses[:done], checks).savefig(folder.parent / "plots/llm-05_pretrain_gpt2.png")
     print(f"Result: validation_loss = {loss:.4f}, logit_difference = {difference:.6f}")
+    if done < len(losses):
+        sys.exit(f"Stopped after {done} of {len(losses)} steps.")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: 20 steps, models/quick/")
-    cli.add_argument("--corpus", type=Path, help="a UTF-8 text in the place of PyTorch's sources")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some letters
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, saves to models/quick/")
+    parser.add_argument("--corpus", type=Path, help="a UTF-8 text file to train on")
+    arguments = parser.parse_args()
     try:
-        main(**vars(cli.parse_args()))
-    except (KeyboardInterrupt, OSError, RuntimeError) as error:
-        sys.exit(f"Stopped ({error!r}). Every 100 steps are kept; the same command goes on there.")
+        main(arguments.quick, arguments.corpus)
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
