@@ -49,9 +49,9 @@ def test_each_storage_counts_once_and_known_tensors_do_not_count(memory):
 
 
 def test_bytes_kept_grow_with_the_batch_and_can_be_added_up_by_hand(memory):
-    model = memory.build_model()
-    _, four = memory.compute_gradients(model, *memory.make_images(4))
-    _, eight = memory.compute_gradients(model, *memory.make_images(8))
+    model = memory.build_deep_network()
+    _, four = memory.batch_gradients(model, *memory.make_images(4))
+    _, eight = memory.batch_gradients(model, *memory.make_images(8))
     assert eight == pytest.approx(2 * four, rel=0.02)
     maps = 4 * 16 * 14 * 14 * 4  # bytes of 4 images' maps: the first one, then conv's and ReLU's
     assert four == pytest.approx((1 + 4 * 4) * maps, rel=0.02)
@@ -60,17 +60,17 @@ def test_bytes_kept_grow_with_the_batch_and_can_be_added_up_by_hand(memory):
 @pytest.mark.parametrize("parts", [2, 3, 5, 7])
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(memory, parts):
     """Also if the last part is smaller, such as 7 images in 2 parts."""
-    model = memory.build_model().double()
+    model = memory.build_deep_network().double()
     images, labels = memory.make_images(7)
-    whole, _ = memory.compute_gradients(model, images.double(), labels)
-    ours, _ = memory.compute_gradients(model, images.double(), labels, parts)
+    whole, _ = memory.batch_gradients(model, images.double(), labels)
+    ours, _ = memory.batch_gradients(model, images.double(), labels, parts)
     torch.testing.assert_close(ours, whole)
 
 
 def test_dividing_by_the_number_of_parts_is_wrong_if_the_last_part_is_smaller(memory):
-    model = memory.build_model().double()
+    model = memory.build_deep_network().double()
     images, labels = memory.make_images(7)
-    whole, _ = memory.compute_gradients(model, images.double(), labels)
+    whole, _ = memory.batch_gradients(model, images.double(), labels)
     model.zero_grad()
     for part, answers in zip(images.split(4), labels.split(4), strict=True):
         (F.cross_entropy(model(part.double()), answers) / 2).backward()
@@ -79,10 +79,10 @@ def test_dividing_by_the_number_of_parts_is_wrong_if_the_last_part_is_smaller(me
 
 
 def test_checkpointing_keeps_less_and_changes_no_gradient(memory):
-    model = memory.build_model()
+    model = memory.build_deep_network()
     batch = memory.make_images(4)
-    expected, all_kept = memory.compute_gradients(model, *batch)
-    gradients, kept = memory.compute_gradients(model, *batch, checkpointing=True)
+    expected, all_kept = memory.batch_gradients(model, *batch)
+    gradients, kept = memory.batch_gradients(model, *batch, checkpointing=True)
     assert kept < 0.3 * all_kept
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
 
@@ -90,7 +90,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(memory):
 @pytest.mark.parametrize("parts", [4, 8])
 def test_the_methods_keep_what_the_readme_says(memory, monkeypatch, parts):
     monkeypatch.setattr(memory, "PARTS", parts)
-    methods = memory.compare_methods(memory.build_model(), 16)
+    methods = memory.compare_methods(memory.build_deep_network(), 16)
     assert methods["plain"] == (1, 0)
     assert methods["accumulation"][0] == pytest.approx(1 / parts, rel=0.02)
     assert methods["accumulation"][1] < 0.01
@@ -100,7 +100,7 @@ def test_the_methods_keep_what_the_readme_says(memory, monkeypatch, parts):
 
 
 def test_checkpointing_computes_a_third_more(memory, capsys):
-    memory.compare_methods(memory.build_model(), 64)
+    memory.compare_methods(memory.build_deep_network(), 64)
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
     operations = {row[0]: float(row[-1]) for row in rows[2:]}
     assert operations["checkpointing"] == pytest.approx(4 / 3 * operations["plain"], rel=0.1)
@@ -108,7 +108,7 @@ def test_checkpointing_computes_a_third_more(memory, capsys):
 
 
 def test_adam_keeps_two_numbers_for_each_weight(memory, capsys):
-    model = memory.build_model()
+    model = memory.build_deep_network()
     memory.show_optimizers(model)
     rows = capsys.readouterr().out.splitlines()
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e3
@@ -117,9 +117,9 @@ def test_adam_keeps_two_numbers_for_each_weight(memory, capsys):
 
 
 def test_a_full_memory_halves_the_parts_until_they_fit(memory, capsys):
-    model = memory.build_model()
+    model = memory.build_deep_network()
     images, labels = memory.make_images(16)
-    whole, needed = memory.compute_gradients(model, images, labels)
+    whole, needed = memory.batch_gradients(model, images, labels)
     assert memory.fit_into_memory(model, images, labels, 1.1 * needed) == 1
     assert memory.fit_into_memory(model, images, labels, 0.3 * needed) == 4
     assert capsys.readouterr().out.count("simulated limit") == 2
@@ -129,7 +129,7 @@ def test_a_full_memory_halves_the_parts_until_they_fit(memory, capsys):
 
 def test_a_memory_that_holds_no_image_ends_with_a_sentence(memory):
     with pytest.raises(SystemExit, match="Not even one image"):
-        memory.fit_into_memory(memory.build_model(), *memory.make_images(4), limit=1000)
+        memory.fit_into_memory(memory.build_deep_network(), *memory.make_images(4), limit=1000)
 
 
 @pytest.mark.parametrize("text", ["", "a", "16,,32", "0", "7", "-16,8", "1.5", "16;32"])
@@ -160,9 +160,9 @@ def test_repaired_faults_do_not_change_the_weights(profiling):
     moved = images.to(profiling.DEVICE), labels.to(profiling.DEVICE)
     item, detach = torch.Tensor.item, torch.Tensor.detach
     each, whole = profiling.standardize_each, profiling.standardize
-    slow = profiling.train(profiling.build_model(), images, labels, 8, each, item)
-    repaired = profiling.train(profiling.build_model(), *moved, 8, whole, detach)
-    large = profiling.train(profiling.build_model(), *moved, 40, whole, detach)
+    slow = profiling.train(profiling.build_network(), images, labels, 8, each, item)
+    repaired = profiling.train(profiling.build_network(), *moved, 8, whole, detach)
+    large = profiling.train(profiling.build_network(), *moved, 40, whole, detach)
     torch.testing.assert_close(repaired, slow)
     assert not torch.allclose(large, slow), "larger batches are a different training"
 

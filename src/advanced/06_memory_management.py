@@ -34,7 +34,7 @@ def make_images(count):
 
 # MODEL: few weights, many activations. GroupNorm, because with BatchNorm the result for an image
 # would depend on the other images in its part of the batch.
-def build_model():
+def build_deep_network():
     model = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1))  # [N, 16, 14, 14]
     for _ in range(4):
         block = []
@@ -65,7 +65,7 @@ def count_kept(known, limit=math.inf):
 
 
 # THREE METHODS: parts of a batch, activation checkpointing, and activations of 16 bits.
-def compute_gradients(
+def batch_gradients(
     model, images, labels, parts=1, checkpointing=False, half=False, limit=math.inf
 ):
     """Return the batch's gradients in one row, and the most bytes kept for a part."""
@@ -97,7 +97,7 @@ def show_optimizers(model):
         "SGD with momentum": torch.optim.SGD(model.parameters(), momentum=0.9),
         "Adam": torch.optim.Adam(model.parameters()),
     }
-    compute_gradients(model, *make_images(8))
+    batch_gradients(model, *make_images(8))
     for name, optimizer in optimizers.items():
         optimizer.step()
         values = [value for state in optimizer.state.values() for value in state.values()]
@@ -110,7 +110,7 @@ def show_batch_sizes(model, sizes):
     for size in sizes:
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        _, kept = compute_gradients(model, *make_images(size))
+        _, kept = batch_gradients(model, *make_images(size))
         row = f"  batch of {size:4}: {kept / 1e6:6.1f} MB kept, {kept / size / 1e3:.0f} kB an image"
         if DEVICE.type == "cuda":
             row += f"; at most {torch.cuda.max_memory_allocated() / 1e6:.1f} MB allocated"
@@ -139,7 +139,7 @@ def show_cache():
 # COMPARE: what each method keeps, how exact its gradients are, and how much it computes.
 def compare_methods(model, batch_size):
     """Print a row for each method; return {method: (share kept, gradient difference)}."""
-    plain = partial(compute_gradients, model, *make_images(batch_size))
+    plain = partial(batch_gradients, model, *make_images(batch_size))
     calls = {
         "plain": plain,
         "checkpointing": partial(plain, checkpointing=True),
@@ -166,7 +166,7 @@ def fit_into_memory(model, images, labels, limit=math.inf):
     parts = 1
     while parts <= len(images):
         try:
-            compute_gradients(model, images, labels, parts, limit=limit)
+            batch_gradients(model, images, labels, parts, limit=limit)
             print(f"  {len(images) // parts:7} images at once: done, {parts} parts")
             return parts
         except torch.OutOfMemoryError as error:
@@ -186,7 +186,7 @@ def read_sizes(text):
 def main(quick=False, batch_sizes=None):
     torch.manual_seed(0)
     sizes = batch_sizes or ([8, 16, 32] if quick else [16, 32, 64, 128])
-    model = build_model()
+    model = build_deep_network()
     show_optimizers(model)
     bytes_per_image = show_batch_sizes(model, sizes)
     if DEVICE.type == "cuda":

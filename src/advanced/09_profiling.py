@@ -43,7 +43,7 @@ def standardize_each(images):
 
 
 # TRAIN: the arguments contain the faults. record_function names the parts for the profiler.
-def build_model():
+def build_network():
     torch.manual_seed(0)  # the same first weights for each loop
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     return model.to(DEVICE)
@@ -89,7 +89,7 @@ def make_settings():
 def show_profile(settings):
     """Print where a training spends its time; return the profile, and how often it waits."""
     # README: start
-    model = build_model()
+    model = build_network()
     train(model, *settings)  # the first run is slower
     with profile(activities=supported_activities(), acc_events=True) as recorded:
         train(model, *settings)
@@ -165,13 +165,13 @@ def main(quick=False):
     models = ROOT / ("models/quick" if quick else "models")
     save_trace(recorded, models / "advanced-09_profiling_trace.json")
     print("One repair after the other, each compared with the line above")
-    model = build_model()
+    model = build_network()
     calls = {name: partial(train, model, *values) for name, values in settings.items()}
     show_speed(time_in_turn(calls, seconds=0.02 if quick else 2.0))
     print("Faults 1 and 2 repaired, as the profiler sees the loop")
     _, waits_after = show_profile(repaired)
-    weights = train(build_model(), *slow)
-    difference = (weights - train(build_model(), *repaired)).abs().max().item()
+    weights = train(build_network(), *slow)
+    difference = (weights - train(build_network(), *repaired)).abs().max().item()
     waits = f"waits_before = {waits_before}, waits_after = {waits_after}"
     print(f"Result: {waits}, weight_difference = {difference:.6f}")
 

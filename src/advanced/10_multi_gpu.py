@@ -156,7 +156,7 @@ def compare(base, other):
     return np.median(base) / np.median(other), low, high, verdict
 
 
-def show(trained, times):
+def show_methods(trained, times):
     print(f"{dist.get_world_size()} processes on {DEVICE.type}, {BATCH_SIZE} points for each")
     print("method       | difference | kB held | points/s | times as fast (95%)")
     differences = {}
@@ -187,7 +187,7 @@ def work(quick):
     trained = {method: train(method, 5 if quick else STEPS) for method in own}
     times = measure(methods, 2 if quick else ROUNDS)
     if dist.get_rank() == 0:
-        show(trained, times)
+        show_methods(trained, times)
     dist.destroy_process_group()
     os._exit(0)  # at once, because FSDP2 over gloo sometimes aborts while Python ends
 
