@@ -102,7 +102,7 @@ def test_the_methods_keep_what_the_readme_says(memory, monkeypatch, parts):
 def test_checkpointing_computes_a_third_more(memory, capsys):
     memory.compare_methods(memory.build_deep_network(), 64)
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
-    operations = {row[0]: float(row[-1]) for row in rows[2:]}
+    operations = {row[0]: float(row[-1].replace(",", "")) for row in rows[2:]}
     assert operations["checkpointing"] == pytest.approx(4 / 3 * operations["plain"], rel=0.1)
     assert operations["accumulation"] == operations["plain"]
 
@@ -113,7 +113,7 @@ def test_adam_keeps_two_numbers_for_each_weight(memory, capsys):
     rows = capsys.readouterr().out.splitlines()
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e3
     sizes = [float(row.split(" kB")[0].split()[-1]) for row in rows[1:]]
-    assert sizes == pytest.approx([0, weights, 2 * weights], abs=1)
+    assert sizes == pytest.approx([weights, 2 * weights], abs=1)
 
 
 def test_a_full_memory_halves_the_parts_until_they_fit(memory, capsys):

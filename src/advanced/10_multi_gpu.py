@@ -124,7 +124,7 @@ def train(method, steps):
 
 # MEASURE: the methods take turns, round by round, because a machine's speed changes (advanced/05).
 def measure(methods, rounds):
-    """Return {method: [seconds per step]}; the others wait while a process works alone."""
+    """Return {method: [seconds per step]}; the others wait while one process works alone."""
     calls = {}
     for method in methods:
         points, labels = take_share(method, 0, TIMED_SIZE)
@@ -142,30 +142,15 @@ def measure(methods, rounds):
     return {method: seconds[1:] for method, seconds in times.items()}  # the first round warms up
 
 
-def compare(base, other):
-    """Return how many times as fast other is, its 95% interval (bootstrap, Efron 1979), verdict."""
-    base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
-    ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
-    verdict = "no difference"
-    if low > 1:
-        verdict = "faster"
-    elif high < 1:
-        verdict = "slower"
-    return np.median(base) / np.median(other), low, high, verdict
-
-
 def show_methods(trained, times):
     print(f"{dist.get_world_size()} processes on {DEVICE.type}, {BATCH_SIZE} points for each")
-    print("method       | difference | kB held | points/s | times as fast (95%)")
+    print("method       | difference | kB held | points/s (middle half of the rounds)")
     differences = {}
     for method, (weights, held) in trained.items():
         differences[method] = (weights - trained["one process"][0]).abs().max().item()
+        slow, median, fast = TIMED_SIZE / np.percentile(times[method], [75, 50, 25])
         row = f"{method:12} | {differences[method]:10.1e} | {held / 1e3:7,.0f}"
-        row += f" | {TIMED_SIZE / np.median(times[method]):8,.0f}"
-        speed = compare(times["one process"], times[method])
-        print(row + " | {:.2f} ({:.2f} to {:.2f}), {}".format(*speed))
+        print(f"{row} | {median:8,.0f} ({slow:,.0f} to {fast:,.0f})")
     if not ENOUGH_GPUS:
         print("DataParallel needs a GPU for each process: not measured")
     result = f"ddp_difference = {differences['DDP']:.9f}"
