@@ -32,7 +32,6 @@ QUESTIONS = [
 TEMPERATURES = [0.1, 0.8, 1.5]
 TOP_P = 0.9
 LENGTH = 40  # the most tokens in an answer
-SEED = 42
 NEW_LINES = {  # in its config.json, and not in GPT-2's
     "rope_parameters": "rotary positions: attention turns queries and keys by their position",
     "rms_norm_eps": "RMSNorm: scales the numbers of each token, and subtracts no mean",
@@ -150,7 +149,7 @@ def main(quick=False, model=None, prompt=QUESTIONS[0]):
     single = [answer(model, tokenizer, [text], do_sample=False)[0] for text in questions]
     for question, text in zip(questions, single, strict=True):
         print(f"Q: {question}\nA: {text!r}")
-    torch.manual_seed(SEED)
+    torch.manual_seed(42)
     sampling = {"do_sample": True, "top_k": 0}
     for temperature in TEMPERATURES:
         text = answer(model, tokenizer, questions[:1], temperature=temperature, **sampling)[0]
