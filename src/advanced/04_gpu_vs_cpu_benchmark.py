@@ -1,198 +1,185 @@
-"""GPU against CPU: what a GPU gives at its best, the product of two large matrices.
+"""GPU against CPU: find out how large a task must be before a GPU is faster than a CPU.
 
 Run:    uv run src/advanced/04_gpu_vs_cpu_benchmark.py
 Needs:  nothing
-Makes:  models/plots/04_gpu_vs_cpu_benchmark.png
-Expect: products >= 3, largest_difference <= 0.00001
+Makes:  models/plots/advanced-04_gpu_vs_cpu_benchmark.png
+Expect: products >= 3, largest_difference <= 0.0001, measurements = 12
 
-Nearly all that a network computes is matrix products. A large one keeps every core of a device busy;
-a small one is over before the device has got going. So the size decides what you get of it.
+A GPU has thousands of cores, but each operation must first be sent to them. A small task ends
+before most cores have started; a large one keeps all of them busy. So we vary the size of the task.
+Without a GPU, one thread of the CPU competes with all of its threads.
 """
 
 import argparse
-import contextlib
-import math
-import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.benchmark import Timer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-CPU_MATRIX, GPU_MATRIX = 1024, 8192  # rows and columns of the largest
-SMALLER = 64, 256, 1024, 4096
+UNITS = {"Matrix product": "GFLOP/s", "Inference": "images/s", "Training": "images/s"}
+MATRIX_SIZE = 1024 if DEVICE.type == "cpu" else 4096  # rows and columns of the largest matrix
+BATCHES = [1, 2, 8, 32, 128, 512]
+ROUNDS = 21
 
 
-# SETUP: the two that compete. Without a GPU, one thread of the CPU stands against all of them.
+# SETUP: the two competitors.
 def pick_sides():
     """Return {name: (device, threads of the CPU)}."""
-    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    cpu = torch.device("cpu")
+    threads = torch.get_num_threads()
     if DEVICE.type == "cpu":
-        print(f"No GPU here: one thread of the CPU stands against all it may use, {threads}.")
+        print(f"No GPU: one thread of the CPU competes with all of its {threads} threads.")
         return {"1 thread": (cpu, 1), "all threads": (cpu, threads)}
     return {"CPU": (cpu, threads), "GPU": (DEVICE, threads)}
 
 
-def find_peak():
-    """Return a CUDA device's fp32 GFLOP/s: 2 for each core and tick of its clock; nan if unknown."""
-    try:
-        card = torch.cuda.get_device_properties(DEVICE)
-        # fp32 cores of a multiprocessor: 64 in Volta, Turing and the A100, 128 in Ampere's others and Ada
-        cores = 64 if (card.major, card.minor) in [(7, 0), (7, 5), (8, 0)] else 128
-        return card.multi_processor_count * cores * 2 * card.clock_rate / 1e6  # kHz
-    except Exception:  # no CUDA device, or a PyTorch that does not tell its clock
-        return math.nan
-
-
-# WORK: the same numbers on both sides; they lie on the device already when the clock starts.
-def matmul(device, size):
+# WORK: all numbers are on the device before the clock starts, and the same on both sides.
+def make_call(kind, size, device, threads):
+    """Return a call that multiplies two matrices, classifies a batch, or trains on it once."""
     torch.manual_seed(0)
-    try:
+    if kind == "Matrix product":
         a, b, product = torch.rand(3, size, size).to(device)
-    except RuntimeError:
-        sys.exit(f"No memory for matrices of {size} x {size}: choose a smaller --matrix-size.")
-    return lambda: torch.mm(a, b, out=product)
+    else:
+        layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]  # intermediate/02
+        layers += [nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+        layers += [nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)]
+        model = nn.Sequential(*layers).to(device)
+        images = torch.rand(size, 1, 28, 28).to(device)
+        labels = torch.randint(10, (size,)).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
-
-def with_threads(threads, work):
     def call():
         torch.set_num_threads(threads)
-        return work()
+        if kind == "Matrix product":
+            return torch.mm(a, b, out=product)
+        if kind == "Inference":
+            with torch.inference_mode():
+                return model(images)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
 
     return call
 
 
-# MEASURE: in turn, so that what disturbs the machine disturbs both alike.
-def time_block(call, count):
-    """Return the seconds that each of count calls takes."""
-    synchronize = torch.get_device_module(DEVICE).synchronize  # a GPU works on after a call is back
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / count
-
-
-def time_in_turn(calls, seconds=2.0, rounds=21):
-    """Return {name: seconds per call, [rounds]}; each call runs for `seconds` or longer in all."""
-    counts = {}
-    for name, call in calls.items():  # warm up until it no longer gets faster
-        before, now, count = math.inf, time_block(call, 1), 1
-        while now < 0.9 * before or now * count < seconds / rounds:
-            count = max(count, math.ceil(seconds / rounds / now))
-            before, now = now, time_block(call, count)
-        counts[name] = count
+# MEASURE: the calls take turns, round by round, because a machine's speed changes (advanced/05).
+def time_in_turn(calls, seconds=2.0):
+    """Return {name: [seconds per call, one number for each round]}."""
     times = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, call in calls.items():
-            times[name].append(time_block(call, counts[name]))
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            times[name].append(timer.blocked_autorange(min_run_time=seconds / ROUNDS).median)
     return times
 
 
 def compare(base, other):
-    """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
+    """Return how many times as fast other is, its 95% interval (bootstrap), and a verdict."""
     base, other = np.array(base), np.array(other)
-    # Bootstrap (Efron 1979): draw the rounds again, with repeats, 1000 times. How far does the ratio move?
     picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
+    verdict = "no difference"
+    if low > 1:
+        verdict = "faster"
+    elif high < 1:
+        verdict = "slower"
     return np.median(base) / np.median(other), low, high, verdict
 
 
-def in_words(rates):
-    low, middle, high = np.percentile(rates, [25, 50, 75])
-    return f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
-
-
-def compare_products(sides, sizes, **options):
-    """Print a row for each size; return {size: {side: GFLOP/s, [rounds]}}, how far products differ."""
+def measure(kind, sizes, sides, seconds):
+    """Print a row for each size; return {size: (rates, interval, difference)}."""
     first, second = sides
-    print(f"Rows x columns | GFLOP/s (middle half) | {second}: times as fast as {first} (95 %)")
-    rows, differences = {}, []
+    print(f"{kind}, {UNITS[kind]} | {second}: times as fast as {first} (95%)")
+    rows = {}
+    crossing = None
     for size in sizes:
-        works = {
-            side: with_threads(threads, matmul(device, size))
-            for side, (device, threads) in sides.items()
-            if device == DEVICE or size <= CPU_MATRIX  # a CPU beside a GPU would need minutes
-        }
-        times = time_in_turn(works, **options)
-        gflop = 2 * size**3 / 1e9  # a multiplication and an addition
-        rows[size] = {side: gflop / np.array(own) for side, own in times.items()}
-        words = "the CPU is not asked"
-        if len(times) == 2:
-            one, other = (work().cpu() for work in works.values())
-            differences.append((one / other - 1).abs().max().item())
-            words = "{:.2f} ({:.2f} to {:.2f}): {}".format(*compare(*times.values()))
-        cells = " | ".join(f"{side} {in_words(own):20}" for side, own in rows[size].items())
-        print(f"  {size:5} x {size:5} | {cells} | {words}")
-    return rows, max(differences)
+        # README: start
+        calls = {}
+        for side, (device, threads) in sides.items():
+            calls[side] = make_call(kind, size, device, threads)
+        outputs = [call().cpu() for call in calls.values()]
+        times = time_in_turn(calls, seconds)
+        ratio, low, high, verdict = compare(times[first], times[second])
+        if verdict != "faster":
+            crossing = None
+        elif crossing is None:
+            crossing = size  # faster from this size on
+        # README: end
+        amount = 2 * size**3 / 1e9 if kind == "Matrix product" else size
+        rates = {side: amount / np.median(own) for side, own in times.items()}
+        difference = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
+        rows[size] = (rates, f"{low:.2f} to {high:.2f}", difference.item())
+        cells = " | ".join(f"{side} {rate:9,.0f}" for side, rate in rates.items())
+        print(f"  {size:5} | {cells} | {ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}")
+    print(f"  {second}: {f'faster from {crossing} on' if crossing else 'not faster to the end'}")
+    return rows
 
 
-# PICTURE: both axes logarithmic, so that doubling is the same step everywhere.
-def draw(rows, sides):
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for side in sides:
-        sizes = [size for size in rows if side in rows[size]]
-        axes.plot(sizes, [np.median(rows[size][side]) for size in sizes], "o-", label=side)
-    axes.set(xscale="log", yscale="log", xlabel="rows and columns", ylabel="GFLOP/s")
-    axes.legend()
+def print_share_of_peak(rate):
+    """Compare a rate in GFLOP/s with what a CUDA device reaches at most in float32."""
+    card = torch.cuda.get_device_properties(DEVICE)
+    # float32 cores of a multiprocessor: 64 in Volta, Turing and the A100, 128 in later ones
+    cores = 64 if (card.major, card.minor) in [(7, 0), (7, 5), (8, 0)] else 128
+    peak = card.multi_processor_count * cores * 2 * card.clock_rate / 1e6  # clock in kHz
+    print(f"  GPU: the largest product reaches {rate / peak:.0%} of its peak")
+
+
+# PICTURE: both axes are logarithmic, so each doubling is a step of the same length.
+def draw(results):
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, (kind, rows) in zip(figure.subplots(1, 3), results.items(), strict=True):
+        for side in rows[min(rows)][0]:
+            axes.plot(list(rows), [rates[side] for rates, *_ in rows.values()], "o-", label=side)
+        axes.set(xscale="log", yscale="log", title=kind, ylabel=UNITS[kind])
+        axes.set_xlabel("rows and columns" if kind == "Matrix product" else "batch size")
+        axes.legend()
     return figure
 
 
-# SAVE: as in basics/07_activations.py.
-def save(write, path):
-    """Let write(file) fill a new file, then rename it to path; exit with a sentence if that fails."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            write(file)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        sys.exit(
-            f"Cannot write {path}: {error}. Make room or mend its permissions, then run again."
-        )
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-    print(f"Saved {path.relative_to(ROOT).as_posix()}")
-
-
-def main(quick=False, matrix_size=None, iterations=None):
-    sides, on_cpu = pick_sides(), DEVICE.type == "cpu"
-    largest = matrix_size or (128 if quick else CPU_MATRIX if on_cpu else GPU_MATRIX)
-    sizes = [*(size for size in SMALLER if size < largest), largest]
-    rounds = iterations or (5 if quick else 21 if on_cpu else 100)
-    seconds = 0.02 if quick else 2.0
-    rows, difference = compare_products(sides, sizes, seconds=seconds, rounds=rounds)
-    side, rates = [*rows[largest].items()][-1]  # all threads, or the GPU
-    share = np.median(rates) / find_peak()
-    known = "its peak is not known" if math.isnan(share) else f"{share:.0%} of its peak"
-    print(f"The largest by {side}: {np.median(rates):,.0f} GFLOP/s, {known}")
+def main(quick=False, matrix_size=None):
+    torch.backends.cudnn.allow_tf32 = False  # full float32 precision on both sides
+    sides = pick_sides()
+    largest = matrix_size or (128 if quick else MATRIX_SIZE)
+    sizes = dict.fromkeys(UNITS, [1, 32] if quick else BATCHES)
+    sizes["Matrix product"] = [size for size in (64, 256, 1024) if size < largest] + [largest]
+    results = {}
+    for kind in UNITS:
+        results[kind] = measure(kind, sizes[kind], sides, seconds=0.02 if quick else 1.0)
+    products = results["Matrix product"]
+    if DEVICE.type == "cuda":
+        print_share_of_peak(products[largest][0]["GPU"])
     plots = ROOT / ("models/quick" if quick else "models") / "plots"
-    save(draw(rows, sides).savefig, plots / "04_gpu_vs_cpu_benchmark.png")
-    print(f"Result: products = {len(rows)}, largest_difference = {difference:.7f}")
+    plots.mkdir(parents=True, exist_ok=True)
+    draw(results).savefig(plots / "advanced-04_gpu_vs_cpu_benchmark.png")
 
-
-def count(text):
-    if not text.isdecimal() or int(text) < 5:
-        raise argparse.ArgumentTypeError(f"it takes a whole number of 5 or more, not {text}")
-    return int(text)
+    inference = results["Inference"]
+    batch = 512 if 512 in inference else max(inference)
+    gain = inference[batch][1] if "GPU" in sides else "none"
+    difference = max(row[2] for rows in results.values() for row in rows.values())
+    result = f"products = {len(products)}, largest_difference = {difference:.7f}, "
+    print(f"Result: {result}measurements = {2 * len(inference)}, gpu_at_{batch} = {gain}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: small ones, models/quick/")
-    cli.add_argument("--matrix-size", type=count, help="the largest: 8192 on a GPU, 1024 on a CPU")
-    cli.add_argument("--iterations", type=count, help="repeats: 100 on a GPU, 21 on a CPU")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, saves to models/quick/")
+    parser.add_argument("--matrix-size", type=int, help="rows of the largest matrix")
+    parser.add_argument("--iterations", type=int, default=ROUNDS, help="rounds of taking turns")
+    arguments = parser.parse_args()
+    if min(arguments.iterations, arguments.matrix_size or MATRIX_SIZE) < 5:
+        parser.error("--matrix-size and --iterations must be 5 or more")
+    ROUNDS = arguments.iterations
     try:
-        main(**vars(cli.parse_args()))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; no file is left half-written.")
+        main(arguments.quick, arguments.matrix_size)
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+        sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")

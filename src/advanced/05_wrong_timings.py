@@ -1,138 +1,136 @@
-"""Wrong timings: four ways to be fooled by a clock, and by how much each of them lies.
+"""Wrong timings: make four common timing mistakes, see how large each error is, and time correctly.
 
-Run:    uv run src/advanced/10_wrong_timings.py
+Run:    uv run src/advanced/05_wrong_timings.py
 Needs:  nothing
 Makes:  nothing
-Expect: wrong_ways >= 3
+Expect: wrong_timings >= 3
 
-The work is the same all along. What a clock says of it depends on when it is read: before the machine
-has warmed up, while the device is still at work, with the compiler's time in it, or only once.
+Every row below times the same network on the same images. The answers differ because the clock was
+started too early, stopped too early, counted the compiler, or was read only once. A correct timing
+warms up, waits for the device, repeats, and lets the versions that it compares take turns.
 """
 
 import argparse
-import math
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils.benchmark import Timer
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-BATCH, SHOTS = 32, 200
+BATCH_SIZE = 32
+SINGLE_CALLS = 200
+ROUNDS = 21
 
 
-# MODEL: as in intermediate/02_cnn.py.
-class CNN(nn.Module):
-    def __init__(self, num_classes=10):
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 8, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(8, 16, kernel_size=3, padding=1)
-        self.fc1 = nn.Linear(16 * 7 * 7, 64)
-        self.fc2 = nn.Linear(64, num_classes)
-
-    def forward(self, x):  # [N, 1, 28, 28]
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # [N, 8, 14, 14]; pooled first: 4x less to ReLU
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))  # [N, 16, 7, 7]
-        x = F.relu(self.fc1(x.flatten(1)))  # [N, 64]
-        return self.fc2(x)  # [N, 10], one logit per digit
-
-
-# MEASURE: the right way, as in 04_gpu_vs_cpu_benchmark.py.
-def time_block(call, count):
-    """Return the seconds that each of count calls takes."""
-    synchronize = torch.get_device_module(DEVICE).synchronize  # a GPU works on after a call is back
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / count
-
-
-def time_in_turn(calls, seconds=2.0, rounds=21):
-    """Return {name: seconds per call, [rounds]}; each call runs for `seconds` or longer in all."""
-    counts = {}
-    for name, call in calls.items():  # warm up until it no longer gets faster
-        before, now, count = math.inf, time_block(call, 1), 1
-        while now < 0.9 * before or now * count < seconds / rounds:
-            count = max(count, math.ceil(seconds / rounds / now))
-            before, now = now, time_block(call, count)
-        counts[name] = count
+# THE CORRECT WAY: advanced/02, 04 and the later lessons use these two functions. PyTorch's Timer
+# calls a few times before it starts the clock (caches, threads and compilers need that), and waits
+# for the device before it reads the clock. The versions take turns, round by round: if the machine
+# slows down for a while, because it is hot or busy, it slows down all of them.
+# README: start
+def time_in_turn(calls, seconds=2.0):
+    """Return {name: [seconds per call, one number for each round]}."""
     times = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, call in calls.items():
-            times[name].append(time_block(call, counts[name]))
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            times[name].append(timer.blocked_autorange(min_run_time=seconds / ROUNDS).median)
     return times
 
 
+# README: end
+
+
+# Is a ratio of 1.04 a difference, or chance? The bootstrap (Efron 1979) repeats the experiment
+# without the machine: it draws 21 of the 21 rounds, some twice and some not at all, and computes
+# the ratio of the medians. After 1,000 draws, 95% of the ratios lie between `low` and `high`. If 1
+# lies between them, too, the measurement shows no difference.
 def compare(base, other):
-    """Return how many times as fast other is, the bootstrap's 95 % interval of that, and a verdict."""
+    """Return how many times as fast other is, its 95% interval, and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))  # Efron 1979
+    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
+    verdict = "no difference"
+    if low > 1:
+        verdict = "faster"
+    elif high < 1:
+        verdict = "slower"
     return np.median(base) / np.median(other), low, high, verdict
 
 
-# MISTAKES: what four wrong ways say of the same work.
-def time_hastily(call, count):
-    """Read the clock as soon as the last call has come back; a GPU may still be at work."""
+# MISTAKES: a stopwatch in the program, used in four wrong ways.
+def time_once(call):
+    """Return the seconds of one call, the work of the device included."""
+    synchronize = torch.get_device_module(DEVICE).synchronize
+    synchronize()
     start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
+    call()
+    synchronize()  # a GPU still computes when the call has returned
+    return time.perf_counter() - start
 
 
-def time_compiled(model, images, **amount):
-    """Return what 100 calls say, the first of which compiles, and what the right way says."""
-    compiled = torch.compile(model)
-    call = torch.inference_mode()(lambda: compiled(images))
-    return time_block(call, 100), np.median(time_in_turn({"": call}, **amount)[""])
+def time_without_waiting(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start  # a GPU may not even have started
 
 
-def show_lie(way, says, truth):
-    print(f"{way:16} | {says * 1e3:9.3f} ms | {truth * 1e3:7.3f} ms | {says / truth:6.2f}")
+def show(mistake, measured, correct):
+    times = f"{measured * 1e3:9.3f} ms | {correct * 1e3:7.3f} ms"
+    print(f"{mistake:21} | {times} | {measured / correct:6.2f}")
+
+
+def show_compile_time(model, images, seconds):
+    call = torch.inference_mode()(partial(torch.compile(model), images))
+    measured = np.mean([time_once(call) for _ in range(100)])  # the first call compiles
+    times = time_in_turn({"compiled": call}, seconds)
+    show("compile time included", measured, np.median(times["compiled"]))
 
 
 def main(quick=False):
-    amount = {"seconds": 0.1, "rounds": 5} if quick else {}
-    model, images = CNN().to(DEVICE).eval(), torch.rand(BATCH, 1, 28, 28, device=DEVICE)
-    call = torch.inference_mode()(lambda: model(images))
-    cold = time_block(call, 1)  # the first that this process makes
-    times = time_in_turn({"one": call, "the same": call}, **amount)
-    truth = np.median(times["one"])
-    print(f"A batch of {BATCH}    |         says |      truth | says / truth")
-    show_lie("no warm-up", cold, truth)
-    show_lie("no synchronise", time_hastily(call, 100), truth)
-    torch.get_device_module(DEVICE).synchronize()
-    ways = 3
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]  # as intermediate/02
+    layers += [nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    layers += [nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)]
+    model = nn.Sequential(*layers).to(DEVICE).eval()
+    images = torch.rand(BATCH_SIZE, 1, 28, 28, device=DEVICE)
+    call = torch.inference_mode()(partial(model, images))
+    cold = time_once(call)  # the first call of this process
+    times = time_in_turn({"first": call, "second": call}, seconds=0.1 if quick else 2.0)
+    correct = np.median(times["first"])
+    single = np.array([time_once(call) for _ in range(SINGLE_CALLS)])
+
+    print(f"A batch of {BATCH_SIZE} images  |     measured |    correct | measured / correct")
+    show("no warm-up", cold, correct)
+    show("no waiting", time_without_waiting(call), correct)
+    show("single call, fastest", single.min(), correct)
+    show("single call, slowest", single.max(), correct)
+    mistakes = 3
     try:
         if quick:
-            raise RuntimeError("--quick leaves the compiler out")
-        show_lie("compile time in", *time_compiled(model, images, **amount))
-        ways = 4
-    except Exception as error:  # most often: no C++ compiler
-        print(f"compile time in  | not run: {error}".partition("\n")[0][:99])
-    shots = np.array([time_block(call, 1) for _ in range(SHOTS)])
-    show_lie("one shot, lowest", shots.min(), truth)
-    show_lie("one shot, median", np.median(shots), truth)
-    show_lie("one shot, worst", shots.max(), truth)
-    fooled = np.mean(np.abs(np.log(shots[1:] / shots[:-1])) > math.log(1.1))
+            raise RuntimeError("a short test leaves the compiler out")
+        show_compile_time(model, images, seconds=2.0)
+        mistakes += 1
+    except Exception as error:  # most often: there is no C++ compiler
+        print(f"compile time included | not run: {type(error).__name__}: {str(error)[:60]}")
+    differ = np.mean(np.abs(np.log(single[1:] / single[:-1])) > np.log(1.1))
+    print(f"Two single calls in a row differ by 10% or more in {differ:.0%} of the pairs")
+    ratio, low, high, verdict = compare(times["first"], times["second"])
     print(
-        f"Two shots of the same work differ by a tenth or more in {fooled:.0%} of {SHOTS - 1} tries"
+        f"Correct timing of the same call twice: {ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}"
     )
-    ratio, low, high, verdict = compare(times["one"], times["the same"])
-    print(f"The right way, same work twice: {ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}")
-    print(f"Result: wrong_ways = {ways}")
+    result = f"wrong_timings = {mistakes}, no_warm_up = {cold / correct:.2f}"
+    print(f"Result: {result}, single_calls_differ = {differ:.0%}")
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_argument("--quick", action="store_true", help="smoke run: no compiler, less time")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a short test, without a compiler")
+    arguments = parser.parse_args()
     try:
-        main(**vars(cli.parse_args()))
+        main(arguments.quick)
     except KeyboardInterrupt:
         sys.exit("Stopped.")
