@@ -64,6 +64,7 @@ def encode_texts(tokenizer, texts):
 
 
 # MODEL: GPT-2 (Radford et al. 2019). Each head attends with its own part of the vectors.
+# README: start
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -76,6 +77,7 @@ class Attention(nn.Module):
         q, k, v = (part.view(N, T, HEADS, -1).transpose(1, 2) for part in parts)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [N, HEADS, T, WIDTH / HEADS]
         return self.c_proj(x.transpose(1, 2).reshape(N, T, WIDTH))
+        # README: end
 
 
 class FeedForward(nn.Module):
@@ -88,7 +90,6 @@ class FeedForward(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
-# README: start
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -100,7 +101,6 @@ class Block(nn.Module):
     def forward(self, x):  # [N, T, WIDTH]
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-        # README: end
 
 
 class GPT2(nn.Module):  # GPT-2's names for the layers, so other programs can load the weights
