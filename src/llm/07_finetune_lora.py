@@ -33,7 +33,7 @@ EPOCHS = 3
 BATCH_SIZE = 4
 LEARNING_RATE = 1e-3
 LENGTH = 40  # the most tokens in an answer
-LONGEST = 512  # the most tokens in a question and its answer
+LONGEST = 256  # the most tokens in a question and its answer
 SEED = 42
 
 
@@ -69,10 +69,10 @@ def encode(tokenizer, question, answer):
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     reply = tokenizer(answer + tokenizer.eos_token)["input_ids"]  # it also learns to stop
-    # README: end
     if len(prompt + reply) > LONGEST:
         sys.exit(f"A question and its answer have more than {LONGEST} tokens: {question[:60]!r}")
     return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
+    # README: end
 
 
 def load_folder(folder, lesson):
