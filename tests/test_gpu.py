@@ -116,6 +116,19 @@ def test_each_process_trains_on_its_own_gpu(course):
     assert result["fsdp_difference"] <= 0.000001
 
 
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("llm/06_pretrained_llm", None),  # makes what the others need
+        ("llm/07_finetune_lora", "merged_difference"),
+        ("llm/11_lora_by_hand", "peft_difference"),
+    ],
+)
+def test_the_pretrained_model_answers_and_is_tuned_on_the_gpu(course, name, small):
+    _, result = quick_on_gpu(course, name)
+    assert small is None or result[small] <= 0.01
+
+
 @pytest.mark.parametrize("name", ["llm/05_pretrain_gpt2", "llm/10_kv_cache"])
 def test_language_models_run_in_sixteen_bits_and_with_a_cache(course, name):
     assert quick_on_gpu(course, name)[1]["logit_difference"] <= 0.01

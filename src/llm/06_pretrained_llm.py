@@ -12,7 +12,6 @@ part of the web, and then from conversations. Temperature and top-p decide which
 import argparse
 import importlib.util
 import math
-import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,17 +57,13 @@ def convert(folder, layers):
     del model.config.quantization_config  # the weights have 32 bits now
     model.hf_quantizer = None
     model.is_quantized = False
-    save_folder(folder, model, AutoTokenizer.from_pretrained(source, gguf_file=GGUF))
-
-
-def save_folder(folder, *parts):
-    """Write the parts to a temporary folder, then rename it. A crash never leaves half a model."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, suffix=".part") as temporary:
-        for part in parts:
-            part.save_pretrained(Path(temporary, folder.name))
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(temporary, folder.name).rename(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    with TemporaryDirectory(dir=folder.parent, suffix=".part") as part:
+        whole = Path(part, folder.name)
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        whole.rename(folder)  # only now: a crash leaves no half model
 
 
 # LOAD: a folder, or a name on the Hugging Face Hub such as gpt2.
@@ -138,17 +133,18 @@ def main(quick=False, model=None, prompt=QUESTIONS[0]):
     if model is None and not folder.exists():
         convert(folder, layers=2 if quick else None)
     model, tokenizer = load_pretrained(model or folder)
-    parameters = model.num_parameters()
-    print(f"{name}: {parameters:,} parameters in {model.get_memory_footprint():,} bytes")
+    parameters = f"parameters = {model.num_parameters():,}"
+    print(f"{name}: {parameters}, {model.get_memory_footprint():,} bytes")
     for line, meaning in NEW_LINES.items():
         print(f"  {line} = {getattr(model.config, line, None)}\n    {meaning}")
     show_next_token(model, tokenizer)
 
     questions = [prompt.encode(errors="replace").decode(), *QUESTIONS[1:]]  # no half letters
     print(f"Chat: {write_chat(tokenizer, questions[0])!r}")
-    single = [answer(model, tokenizer, [text], do_sample=False)[0] for text in questions]
-    for question, text in zip(questions, single, strict=True):
-        print(f"Q: {question}\nA: {text!r}")
+    single = []
+    for question in questions:
+        single += answer(model, tokenizer, [question], do_sample=False)
+        print(f"Q: {question}\nA: {single[-1]!r}")
     torch.manual_seed(42)
     sampling = {"do_sample": True, "top_k": 0}
     for temperature in TEMPERATURES:
@@ -162,8 +158,7 @@ def main(quick=False, model=None, prompt=QUESTIONS[0]):
         print(f"Padded on the {side}: {same[side]} of 3 answers are the same as one by one")
     with torch.device("meta"):  # shapes without numbers: nothing is downloaded
         gpt2 = GPT2LMHeadModel(GPT2Config()).num_parameters()
-    counts = f"parameters = {parameters:,}, gpt2_parameters = {gpt2:,}"
-    print(f"Result: left_padded = {same['left']} of 3, {counts}")
+    print(f"Result: left_padded = {same['left']} of 3, {parameters}, gpt2_parameters = {gpt2:,}")
 
 
 if __name__ == "__main__":

@@ -77,17 +77,13 @@ def encode(tokenizer, question, answer):
 
 def load_folder(folder, lesson):
     """Return model and tokenizer of a folder, or stop and name the lesson that makes it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds to import
 
-    logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        return model.to(DEVICE).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = f"is missing or is no language model ({type(error).__name__})"
-        sys.exit(f"{folder} {reason}. Make it with: uv run {lesson}")
-    return model.to(DEVICE).eval(), tokenizer
+        sys.exit(f"Cannot load {folder} ({type(error).__name__}). Make it with: uv run {lesson}")
 
 
 # LORA: peft puts the small matrices beside the large ones, and freezes the large ones.
@@ -112,27 +108,26 @@ def evaluate(model, batches):
     return sum(model(**batch.to(DEVICE)).loss.item() for batch in batches) / len(batches)
 
 
-def train(model, batches, epochs):
+def train(model, batches, tests, epochs):
     """Return {test: [its loss before training, and after each epoch]}."""
-    tests = list(batches)[1:]
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
-    steps = epochs * len(batches["train"])
+    steps = epochs * len(batches)
     schedule = OneCycleLR(optimizer, LEARNING_RATE, steps, cycle_momentum=False)
-    curves = {name: [evaluate(model, batches[name])] for name in tests}
+    curves = {name: [evaluate(model, test)] for name, test in tests.items()}
     for epoch in range(1, epochs + 1):
         model.train()
         total = 0.0
-        for batch in tqdm(batches["train"], leave=False, disable=None):
+        for batch in tqdm(batches, leave=False, disable=None):
             loss = model(**batch.to(DEVICE)).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.item()
-        report = f"Epoch {epoch} | train loss {total / len(batches['train']):.2f}"
-        for name in tests:
-            curves[name].append(evaluate(model, batches[name]))
+        report = f"Epoch {epoch} | train loss {total / len(batches):.2f}"
+        for name, test in tests.items():
+            curves[name].append(evaluate(model, test))
             report += f" | {name} {curves[name][-1]:.2f}"
         print(report)
     return curves
@@ -179,46 +174,42 @@ def show_answers(model, tokenizer, name, pairs):
     return scores.count(1.0) / len(scores)
 
 
-def save_folder(folder, *parts):
-    """Write the parts to a temporary folder, then rename it. A crash never leaves half a model."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, suffix=".part") as temporary:
-        for part in parts:
-            part.save_pretrained(Path(temporary, folder.name))
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(temporary, folder.name).rename(folder)
-
-
 def main(quick=False, questions=ROOT / "data/qa.jsonl"):
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, GPT2Config
 
     models = ROOT / ("models/quick" if quick else "models")
     pairs = {name: part[: 4 if quick else None] for name, part in read_questions(questions).items()}
     lesson = "src/llm/06_pretrained_llm.py" + (" --quick" if quick else "")
-    folder = models / "smollm2"
-    base, tokenizer = load_folder(folder, lesson)
+    base, tokenizer = load_folder(models / "smollm2", lesson)
     tokenizer.padding_side = "left"  # each question then ends where its answer begins
     collate = DataCollatorForSeq2Seq(tokenizer)  # pads to the longest, labels with -100
-    batches = {}
+    loaders = {}
     for name, part in pairs.items():
         items = [encode(tokenizer, *pair) for pair in part]
-        batches[name] = DataLoader(items, BATCH_SIZE, name == "train", collate_fn=collate)
-        print(f"{len(items)} questions: {name}")
+        loaders[name] = DataLoader(items, BATCH_SIZE, name == "train", collate_fn=collate)
+        tokens = sum(len(item["labels"]) for item in items) / len(items)
+        padding = f"padded to 128 tokens, {1 - tokens / 128:.0%} were padding"
+        print(f"{name}: {len(items)} questions, {tokens:.0f} tokens on average; {padding}")
+    batches = loaders.pop("train")
 
     torch.manual_seed(SEED)
     with torch.device("meta"):  # shapes without numbers: nothing is downloaded
         gpt2 = add_lora(AutoModelForCausalLM.from_config(GPT2Config()), ["c_attn"])
         add_lora(AutoModelForCausalLM.from_config(base.config), ["q_proj", "v_proj"])
     model = add_lora(base, "all-linear")
-    model.peft_config["default"].base_model_name_or_path = folder.relative_to(ROOT).as_posix()
-    curves = train(model, batches, epochs=1 if quick else EPOCHS)
-    save_folder(models / "smollm2_lora", model)
-    print(f"Saved {folder.relative_to(ROOT).as_posix()}_lora/")
+    base_name = (models / "smollm2").relative_to(ROOT).as_posix()
+    model.peft_config["default"].base_model_name_or_path = base_name
+    curves = train(model, batches, tests=loaders, epochs=1 if quick else EPOCHS)
+    with TemporaryDirectory(dir=models, suffix=".part") as part:  # complete before it gets its name
+        model.save_pretrained(Path(part, "smollm2_lora"))
+        shutil.rmtree(models / "smollm2_lora", ignore_errors=True)
+        Path(part, "smollm2_lora").rename(models / "smollm2_lora")
+    print(f"Saved {base_name}_lora/")
     (models / "plots").mkdir(exist_ok=True)
     draw(curves).savefig(models / "plots/llm-07_finetune_lora.png")
     shares = [show_answers(model, tokenizer, name, pairs[name]) for name in curves]
 
-    batch = next(iter(batches["unseen terms"])).to(DEVICE)
+    batch = next(iter(loaders["unseen terms"])).to(DEVICE)
     with torch.inference_mode():  # B A added to W: the model is as fast as before
         before = model(**batch).logits
         difference = (before - model.merge_and_unload()(**batch).logits).abs().max().item()

@@ -88,17 +88,13 @@ def compare_with_peft(base, ids, rank=8):
 
 def load_folder(folder, lesson):
     """Return model and tokenizer of a folder, or stop and name the lesson that makes it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds to import
 
-    logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        return model.to(DEVICE).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = f"is missing or is no language model ({type(error).__name__})"
-        sys.exit(f"{folder} {reason}. Make it with: uv run {lesson}")
-    return model.to(DEVICE).eval(), tokenizer
+        sys.exit(f"Cannot load {folder} ({type(error).__name__}). Make it with: uv run {lesson}")
 
 
 # DATA: some questions of llm/07, one at a time, so that none needs padding.
