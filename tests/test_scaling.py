@@ -174,14 +174,13 @@ def test_the_profiler_sees_each_fault_and_its_trace_can_be_read(profiling, capsy
     assert waits == 32
     shown = capsys.readouterr().out
     assert all(part in shown for part in profiling.PARTS)
-    assert "aten::copy_" in shown or "aten::_to_copy" in shown
     path = profiling.ROOT / "models" / "trace.json"
     profiling.save_trace(recorded, path)
     assert [file.name for file in path.parent.iterdir()] == ["trace.json"]
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
     assert names.count("prepare") == 32
     assert names.count("aten::item") == 32
-    assert "aten::copy_" in names
+    assert names.count("aten::copy_") >= 4 * 256, "image by image"
     assert not [warning for warning in recwarn if "rofiler" in str(warning.message)]
     repaired = images, labels, 8, profiling.standardize, torch.Tensor.detach
     _, waits = profiling.show_profile(repaired)
