@@ -113,11 +113,11 @@ def show_nearest(vectors, index):
 # PICTURE: the two directions in which the vectors differ most. A line joins each pair of ALIKE.
 def draw(vectors, words):  # [24, WIDTH]
     _, _, directions = torch.pca_lowrank(vectors, q=2)
-    points = (vectors @ directions).cpu().view(-1, 2, 2)  # [pairs, words, coordinates]
+    points = (vectors @ directions).cpu().view(-1, 2, 2).numpy()  # [pairs, words, coordinates]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot(points[..., 0].T, points[..., 1].T, marker="o")
-    for word, point in zip(words, points.view(-1, 2).tolist(), strict=True):
+    for word, point in zip(words, points.reshape(-1, 2), strict=True):
         axis.annotate(word, point, fontsize=8, xytext=(4, 4), textcoords="offset points")
     return figure
 

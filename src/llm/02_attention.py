@@ -97,7 +97,7 @@ def compare_costs(lengths, seconds):
 def draw(pictures):
     figure = Figure(figsize=(8, 4), layout="constrained")
     for axis, (title, weights) in zip(figure.subplots(1, 2), pictures.items(), strict=True):
-        image = axis.imshow(weights[0].detach().cpu(), vmin=0, vmax=1, cmap="Blues")
+        image = axis.imshow(weights[0].detach().cpu().numpy(), vmin=0, vmax=1, cmap="Blues")
         words = [f"word{number}" for number in range(weights.shape[-1])]
         axis.set_xticks(range(len(words)), words)
         axis.set_yticks(range(len(words)), words)

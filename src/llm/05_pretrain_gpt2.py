@@ -170,7 +170,7 @@ def train(model, tokenizer, tokens, validation, losses, checks):
 def draw(losses, checks):
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(losses.cpu(), alpha=0.5, label="training batch")
+    axis.plot(losses.cpu().numpy(), alpha=0.5, label="training batch")
     axis.plot(*zip(*checks, strict=True), marker="o", label="validation")
     axis.set(xlabel="step", ylabel="loss")
     axis.legend()
