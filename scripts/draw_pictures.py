@@ -7,6 +7,8 @@ orange is what training changes, gray is fixed, green is a result. The backgroun
 a drawing can be read on a dark page, too.
 """
 
+import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "results" / "drawings"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "data" / "results" / "drawings"
+OUTPUTS = ROOT / "tests" / "outputs"
 DATA = "#4C8BE0"
 TRAINED = "#F08C2E"
 FIXED = "#9AA3AF"
@@ -412,6 +416,24 @@ def kv_cache():
     return sheet
 
 
+def terminal():
+    """llm/13: two questions to your own model, and what Ollama answered in the recorded run."""
+    output = (OUTPUTS / "llm" / "13_your_model_in_ollama.txt").read_text(encoding="utf-8")
+    answers = re.findall(r"^(.+)\n  PyTorch: .*\n  Ollama:  ['\"](.*)['\"]$", output, re.MULTILINE)
+    sheet = Sheet(8.8, 2.9)
+    sheet.axes.add_patch(Rectangle((0, 0), 8.8, 2.9, fc="#1E2329"))
+    y = 2.55
+    style = {"ha": "left", "va": "top", "family": "monospace"}
+    for question, answer in answers[:2]:
+        command = f'$ ollama run my-tutor "{question}"'
+        for text, color in ((command, "#8FD3A8"), (answer, "#F2F4F7")):
+            lines = textwrap.wrap(text, 78)
+            sheet.write(0.25, y, "\n".join(lines), 10, color, **style)
+            y -= 0.24 * len(lines) + 0.1
+        y -= 0.16
+    return sheet
+
+
 DRAWINGS = {
     "basics-03_reshape": reshape,
     "basics-04_broadcasting": broadcasting,
@@ -432,6 +454,7 @@ DRAWINGS = {
     "llm-07_lora": lora,
     "llm-09_byte_pairs": byte_pairs,
     "llm-10_kv_cache": kv_cache,
+    "llm-13_terminal": terminal,
 }
 
 
