@@ -128,6 +128,8 @@ class CausalModel:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             if self.imported and not self.knows_words():
                 split = "default"
+            if self.path.is_file():
+                self.add_tokens()
             if split in SPLITS:
                 self.split_words(SPLITS[split])
             if self.family == "gpt2" and self.path.is_file():
@@ -136,6 +138,26 @@ class CausalModel:
             if self.imported:
                 self.convert(model)
             self.model = model.eval()
+
+    def add_tokens(self):
+        """Find the tokens that a user has defined in a text, whole, as llama.cpp does."""
+        from gguf import GGUFReader, TokenType
+        from tokenizers import Tokenizer
+
+        fields = GGUFReader(self.path).fields
+        tokens = fields["tokenizer.ggml.tokens"].contents()
+        types = fields["tokenizer.ggml.token_type"].contents()
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        vocabulary = state["model"]["vocab"]
+        names = {number: name for name, number in vocabulary.items()}
+        flags = ["single_word", "lstrip", "rstrip", "normalized", "special"]
+        for number, kind in enumerate(types):
+            if kind == TokenType.USER_DEFINED:
+                del vocabulary[names[number]]  # transformers writes it as an ordinary token
+                vocabulary[tokens[number]] = number
+                added = {"id": number, "content": tokens[number]} | dict.fromkeys(flags, False)
+                state["added_tokens"].append(added)
+        self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
     def knows_words(self):
         """True if Ollama knows by which rule the tokenizer of a folder splits a text into words."""
@@ -252,7 +274,7 @@ def translate(template):
     """Return a template of Ollama's in Jinja's language, or refuse what is not understood."""
     ends, text = [], ""
     for part in re.split(r"(\{\{.*?\}\})", template, flags=re.DOTALL):
-        if not part.startswith("{{"):
+        if not part.endswith("}}"):
             if re.search(r"\{[{%#]", part):
                 raise Refusal(400, "template error: template: :1: unclosed action")
             text += part
@@ -577,11 +599,13 @@ class Handler(BaseHTTPRequestHandler):
         counters = {name: value for name, value in counters.items() if value}
         yield common | shape("", "") | {"done": True, "done_reason": reason} | counters
 
-    def respond(self, request, parts, join):
-        if request.get("stream", True):
-            return self.stream(parts)
-        parts = list(parts)
-        return self.reply(join(parts))
+    def respond(self, request, entry, options, prompt, load, shape, join):
+        if request.get("_debug_render_only"):
+            common = {"model": request["model"], "created_at": now(), "done": False}
+            info = {"_debug_info": {"rendered_template": prompt}}
+            return self.reply(common | shape("", "") | info)
+        parts = self.answer(request, entry, options, prompt, load, shape)
+        return self.stream(parts) if request.get("stream", True) else self.reply(join([*parts]))
 
     def only_load(self, request, entry, shape):
         unload = request.get("keep_alive") == 0
@@ -606,8 +630,7 @@ class Handler(BaseHTTPRequestHandler):
             system = request.get("system")
             asked = [{"role": "system", "content": system}] if system else []
             prompt = entry.render([*asked, {"role": "user", "content": prompt}])
-        parts = self.answer(request, entry, options, prompt, load, shape)
-        return self.respond(request, parts, join)
+        return self.respond(request, entry, options, prompt, load, shape, join)
 
     def chat(self, request):
         entry, options, load = self.prepare(request, (400, "model is required"))
@@ -624,8 +647,7 @@ class Handler(BaseHTTPRequestHandler):
         if not messages:
             return self.only_load(request, entry, shape)
         prompt = self.prompt_of(entry, messages, options, request)
-        parts = self.answer(request, entry, options, prompt, load, shape)
-        return self.respond(request, parts, join)
+        return self.respond(request, entry, options, prompt, load, shape, join)
 
     def prompt_of(self, entry, messages, options, request):
         """Fill the template; the oldest messages go if the prompt is too long and may be cut."""

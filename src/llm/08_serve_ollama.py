@@ -89,8 +89,8 @@ def show_answer(parts, answer):
     for part in parts:
         message = part.get("message", part)  # /api/chat puts the text one level deeper
         text = message.get("content", message.get("response", ""))
-        print(printable(text).replace("\n", "\n   "), end="", flush=True)
         answer["content"] += text
+        print(printable(text).replace("\n", "\n   "), end="", flush=True)
     written = part.get("eval_count", 0)
     speed = ""
     if written > 1:  # the duration begins after the first token
@@ -118,9 +118,11 @@ def converse(url, request):
     with contextlib.suppress(EOFError):
         while True:
             question = input("Q: ")
-            with contextlib.suppress(KeyboardInterrupt):
+            try:
                 if question.strip():
                     chat(url, history, question, request)
+            except KeyboardInterrupt:
+                print("\n[stopped]")
     return history
 
 

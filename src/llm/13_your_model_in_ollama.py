@@ -50,8 +50,8 @@ def load_tuned_model(base, adapter, command):
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         trained_on = config["base_model_name_or_path"]
-        if trained_on != base.relative_to(ROOT).as_posix():
-            raise ValueError(f"the adapter was trained on {trained_on}, not on {base}")
+        if trained_on is None or ROOT / trained_on != base:
+            raise ValueError(f"it was trained on {trained_on}, not on {base}")
         model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         return model, AutoTokenizer.from_pretrained(base)
@@ -137,21 +137,24 @@ def ask_ollama(url, name, question):
 
 def read_questions():
     """Return eight learned terms in words that were not learned, and eight terms never seen."""
-    path = ROOT / "data/qa.jsonl"
-    rows = [json.loads(line) for line in path.open(encoding="utf-8-sig") if line.strip()]
+    with (ROOT / "data/qa.jsonl").open(encoding="utf-8-sig") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
     learned = [row["questions"][-1] for row in rows if row["split"] == "train"]
-    unseen = [row["questions"][0] for row in rows if row["split"] != "train"]
-    return {"Learned terms, new words": learned[:8], "Terms never seen": unseen[:8]}
+    unseen = [row["questions"][0] for row in rows if row["split"] == "test"]
+    step = len(learned) // 8
+    return {"Learned terms, in new words": learned[::step][:8], "Terms never seen": unseen[:8]}
 
 
 def main(quick=False):
+    from transformers import AutoModelForCausalLM
+
     warnings.simplefilter("ignore")  # peft uses names that transformers will change
     models = ROOT / ("models/quick" if quick else "models")
     command = "uv run src/llm/07_finetune_lora.py" + (" --quick" if quick else "")
     model, tokenizer = load_tuned_model(models / "smollm2", models / "smollm2_lora", command)
     folder = models / "my_tutor"
     save_model(model, tokenizer, folder)
-    model.float()  # compute in 32 bits with the rounded weights, as Ollama does
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")  # the rounded weights
 
     url = server_url(os.environ.get("OLLAMA_HOST", ""))
     version = ask(f"{url}/api/version")["version"]
