@@ -23,8 +23,14 @@ import gguf
 import requests
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = ["import torch", "def forward(self", "class Linear(", "    Args:\n", "return torch."]
-LENGTH = 40  # the most tokens that follow a prompt
+PROMPTS = [
+    "def forward(self",
+    "class Linear(",
+    "raise ValueError(",
+    "if not isinstance(",
+    "import torch",
+]
+LENGTH = 24  # the most tokens that follow a prompt
 MODELFILE = "FROM ./my_gpt2.gguf\nTEMPLATE {{ .Prompt }}\n"  # for the command ollama create
 SESSION = requests.Session()
 SESSION.trust_env = False  # no proxy between this machine and itself
@@ -45,7 +51,9 @@ def load_model(folder, command):
 
 
 # WRITE: first a header of names and values, with the tokenizer, then the tensors.
-def add_sizes(writer, config):
+def add_sizes(writer, config, form):
+    # Ollama reads 0, the number of F32, as unknown. Its option -q then refuses the file.
+    writer.add_file_type(7 if form == "Q8_0" else 1)
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
     writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
@@ -98,9 +106,7 @@ def write_gguf(path, model, tokenizer, form):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         writer = gguf.GGUFWriter(part, "gpt2")
-        # Ollama reads 0, the number of F32, as unknown. Its option -q then refuses the file.
-        writer.add_file_type(7 if form == "Q8_0" else 1)
-        add_sizes(writer, model.config)
+        add_sizes(writer, model.config, form)
         add_tokenizer(writer, tokenizer, model.config)
         add_tensors(writer, model, form)
         writer.write_header_to_file()
@@ -209,15 +215,16 @@ def main(quick=False, folder=None):
     url = server_url(os.environ.get("OLLAMA_HOST", ""))
     version = ask(f"{url}/api/version")["version"]
     texts = {prompt: ask_torch(model, tokenizer, prompt) for prompt in PROMPTS}
-    results = [f"server = {version}"]
+    shares = {}
     for form, path in files.items():
         print(f"{form}, in Ollama {version} at {url}:")
         name = path.stem.replace("_", "-") + ("-quick" if quick else "")
-        agreement = measure_agreement(url, name, path, tokenizer, texts)
-        prefix = "q8_0_" if form == "Q8_0" else ""
-        results.append(f"{prefix}bytes = {path.stat().st_size:,}")
-        results.append(f"{prefix}agreement = {agreement}")
-    print(f"Result: {', '.join(results)}")
+        shares[form] = measure_agreement(url, name, path, tokenizer, texts)
+    large, small = (path.stat().st_size for path in files.values())
+    print(
+        f"Result: server = {version}, bytes = {large:,}, agreement = {shares['F32']}, "
+        f"q8_0_bytes = {small:,}, q8_0_agreement = {shares['Q8_0']}"
+    )
 
 
 if __name__ == "__main__":
