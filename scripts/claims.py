@@ -38,5 +38,6 @@ PREDICTIONS = [
     ("advanced/09_profiling", "SMALL=64", "waits_before = 4"),
     ("llm/03_transformer_block", "DEPTH=2", "postnorm_loss <= 0.8"),
     ("llm/04_mini_gpt", "STEPS=100", "loss >= 0.3"),
-    ("llm/07_finetune_lora", "LEARNING_RATE=1e-4", "word_for_word <= 50%"),
+    ("llm/07_finetune_lora", "EPOCHS=1", "word_for_word <= 60%"),
+    ("llm/09_tokenizer", "TOY_MERGES=2", "lowest = 4"),
 ]

@@ -298,8 +298,8 @@ def all_reduce():
 def byte_pairs():
     """llm/09: merges join the most frequent pair, again and again."""
     sheet = Sheet(8.8, 2.9)
-    rows = (("l o w e s t", "bytes"), ("lo w e s t", "merge l + o"), ("low e s t", "merge lo + w"))
-    rows += (("low e st", "merge s + t"), ("low est", "merge e + st"))
+    rows = (("l o w e s t", "bytes"), ("l o w es t", "merge e + s"), ("l o w est", "merge es + t"))
+    rows += (("lo w est", "merge l + o"), ("low est", "merge lo + w"))
     for number, (pieces, reason) in enumerate(rows):
         y = 2.35 - number * 0.53
         color = RESULT if number == len(rows) - 1 else DATA

@@ -690,7 +690,7 @@ def test_a_silent_server_ends_with_a_sentence(server, serve, fault):
     server.fault = fault
     request = {"model": "smollm2", "messages": [{"role": "user", "content": "one two three"}]}
     with pytest.raises(SystemExit) as stop:
-        list(serve.ask(f"{server.url}/api/chat", json=request))
+        list(serve.stream(f"{server.url}/api/chat", json=request))
     assert "No answer from" in stop.value.code
 
 
@@ -1098,20 +1098,20 @@ FOUR = "tensor tensor tensor tensor"
     ],
 )
 def test_what_is_compared_and_what_is_not(gguf, gpt2, ours, theirs, done, same, compared, rest):
-    counted = gguf.compare(gpt2[1], ours, {"response": theirs, "done": done})
+    counted = gguf.compare_texts(gpt2[1], ours, {"response": theirs, "done": done})
     lengths = [len(gpt2[1].encode(text)) for text in (same, compared)]
     assert counted == (*lengths, rest)
 
 
 def test_too_few_tokens_are_no_measure(gguf, gpt2, server, monkeypatch):
     monkeypatch.setattr(gguf, "create_model", lambda *_, **__: None)
-    monkeypatch.setattr(gguf, "ask", lambda *_, **__: {"response": "tensor", "done": True})
+    monkeypatch.setattr(gguf, "call_server", lambda *_, **__: {"response": "tensor", "done": True})
     assert gguf.measure_agreement("", "", None, gpt2[1], {"x": "tensor"}) == "not measured"
 
 
 def test_what_is_left_out_is_printed(gguf, gpt2, monkeypatch, capsys):
     monkeypatch.setattr(gguf, "create_model", lambda *_, **__: None)
-    monkeypatch.setattr(gguf, "ask", lambda *_, **__: {"response": "a b", "done": True})
+    monkeypatch.setattr(gguf, "call_server", lambda *_, **__: {"response": "a b", "done": True})
     gguf.measure_agreement("", "", None, gpt2[1], {"x": "a\ufffd b"})
     assert "Not compared: '\ufffd b'" in capsys.readouterr().out
 

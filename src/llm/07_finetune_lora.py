@@ -34,7 +34,6 @@ BATCH_SIZE = 4
 LEARNING_RATE = 1e-3
 LENGTH = 40  # the most tokens in an answer
 LONGEST = 256  # the most tokens in a question and its answer
-SEED = 42
 
 
 # DATA: each line is a JSON object: a term, its sentence, and several questions about it.
@@ -158,7 +157,7 @@ def ask(model, tokenizer, questions):
     return answers
 
 
-def show_answers(model, tokenizer, name, pairs):
+def show_best_and_worst(model, tokenizer, name, pairs):
     """Print the best and the worst answer; return the share that is right, word for word."""
     answers = ask(model, tokenizer, [question for question, _ in pairs])
     scores = []
@@ -192,7 +191,7 @@ def main(quick=False, questions=ROOT / "data/qa.jsonl"):
         print(f"{name}: {len(items)} questions, {tokens:.0f} tokens on average; {padding}")
     batches = loaders.pop("train")
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(42)
     with torch.device("meta"):  # shapes without numbers: nothing is downloaded
         gpt2 = add_lora(AutoModelForCausalLM.from_config(GPT2Config()), ["c_attn"])
         add_lora(AutoModelForCausalLM.from_config(base.config), ["q_proj", "v_proj"])
@@ -207,7 +206,7 @@ def main(quick=False, questions=ROOT / "data/qa.jsonl"):
     print(f"Saved {base_name}_lora/")
     (models / "plots").mkdir(exist_ok=True)
     draw(curves).savefig(models / "plots/llm-07_finetune_lora.png")
-    shares = [show_answers(model, tokenizer, name, pairs[name]) for name in curves]
+    shares = [show_best_and_worst(model, tokenizer, name, pairs[name]) for name in curves]
 
     batch = next(iter(loaders["unseen terms"])).to(DEVICE)
     with torch.inference_mode():  # B A added to W: the model is as fast as before

@@ -49,7 +49,7 @@ def server_url(address):
     return f"{scheme or 'http'}://{host}:{port}/{path}".rstrip("/")
 
 
-def ask(url, **content):
+def stream(url, **content):
     """Send a request. Yield each JSON object of the answer as soon as it arrives."""
     try:
         method = SESSION.post if content else SESSION.get
@@ -73,8 +73,8 @@ def create_smollm2(url):
     print(f"Creating {MODEL} from {path.name}")
     data = path.read_bytes()
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    list(ask(f"{url}/api/blobs/{digest}", data=data))
-    list(ask(f"{url}/api/create", json={"model": MODEL, "files": {path.name: digest}}))
+    list(stream(f"{url}/api/blobs/{digest}", data=data))
+    list(stream(f"{url}/api/create", json={"model": MODEL, "files": {path.name: digest}}))
 
 
 # ASK: the parts of an answer are shown while they arrive.
@@ -104,7 +104,7 @@ def show_answer(parts, answer):
 def chat(url, history, question, request):
     """Ask a question after everything said before. Add it and the answer to the history."""
     history.append({"role": "user", "content": question})
-    parts = ask(f"{url}/api/chat", json={**request, "messages": [*history]})
+    parts = stream(f"{url}/api/chat", json={**request, "messages": [*history]})
     history.append({"role": "assistant", "content": ""})
     show_answer(parts, history[-1])
     # README: end
@@ -128,17 +128,17 @@ def converse(url, request):
 
 def main(quick=False, url="", model=MODEL, prompt=None, interactive=False):
     url = server_url(url or os.environ.get("OLLAMA_HOST", ""))
-    [answer] = ask(f"{url}/api/version")
+    [answer] = stream(f"{url}/api/version")
     version = printable(answer["version"])
     print(f"Server: Ollama {version} at {url}")
-    [answer] = ask(f"{url}/api/tags")
+    [answer] = stream(f"{url}/api/tags")
     sizes = {listed["name"]: listed["size"] for listed in answer["models"]}
     for name, size in sizes.items():
         print(f"  {printable(name):30s} | {size / 1e9:.3f} GB")
     if model == MODEL and f"{MODEL}:latest" not in sizes:
         create_smollm2(url)
     print(f"Loading {model}. A large model takes a minute.", flush=True)
-    list(ask(f"{url}/api/generate", json={"model": model}))  # without a prompt: it only loads
+    list(stream(f"{url}/api/generate", json={"model": model}))  # without a prompt: it only loads
     request = {"model": model, "truncate": False, "think": False}
     history = []
     if interactive:
@@ -151,7 +151,9 @@ def main(quick=False, url="", model=MODEL, prompt=None, interactive=False):
     else:
         request["options"] = {"temperature": 0, "num_predict": 10 if quick else LENGTH}
         print("Q:", PROMPT)
-        show_answer(ask(f"{url}/api/generate", json={**request, "prompt": PROMPT}), {"content": ""})
+        show_answer(
+            stream(f"{url}/api/generate", json={**request, "prompt": PROMPT}), {"content": ""}
+        )
         for question in QUESTIONS:
             print("Q:", question)
             chat(url, history, question, request)

@@ -41,7 +41,7 @@ def load_folder(folder, lesson):
 
 # MODEL: the layers of the trained GPT-2, with a forward pass that takes and returns caches.
 # README: start
-def attend(layer, x, cache):
+def attend_with_cache(layer, x, cache):
     """Map x [N, T, width] and a cache of P tokens to [N, T, width] and a cache of P + T tokens."""
     parts = layer.c_attn(x).chunk(3, dim=2)
     q, k, v = (part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2) for part in parts)
@@ -63,7 +63,7 @@ def forward(model, ids, caches=None):  # [N, T], and one cache for each block
     x = gpt2.wte(ids) + gpt2.wpe.weight[start : start + ids.shape[1]]  # [N, T, width]
     new_caches = []
     for block, cache in zip(gpt2.h, caches, strict=True):
-        mixed, cache = attend(block.attn, block.ln_1(x), cache)
+        mixed, cache = attend_with_cache(block.attn, block.ln_1(x), cache)
         x = x + mixed
         x = x + block.mlp(block.ln_2(x))
         new_caches.append(cache)

@@ -132,7 +132,7 @@ def server_url(address):
     return f"{scheme or 'http'}://{host}:{port}/{path}".rstrip("/")
 
 
-def ask(url, **content):
+def call_server(url, **content):
     """Return the server's answer to a request, or stop with a sentence."""
     try:
         method = SESSION.post if content else SESSION.get
@@ -154,8 +154,10 @@ def create_model(url, name, files, **settings):
         digests[path.name] = f"sha256:{hashlib.sha256(data).hexdigest()}"
         blob = f"{url}/api/blobs/{digests[path.name]}"
         if SESSION.head(blob, timeout=5).status_code != 200:
-            ask(blob, data=data)
-    ask(f"{url}/api/create", json={"model": name, "files": digests, "stream": False, **settings})
+            call_server(blob, data=data)
+    call_server(
+        f"{url}/api/create", json={"model": name, "files": digests, "stream": False, **settings}
+    )
 
 
 # COMPARE: each program continues a text with the most likely tokens.
@@ -169,7 +171,7 @@ def ask_torch(model, tokenizer, prompt):
     return tokenizer.decode(written[0, count:]).removesuffix(tokenizer.eos_token or "")
 
 
-def compare(tokenizer, ours, answer):
+def compare_texts(tokenizer, ours, answer):
     """Return how many tokens are equal, how many were compared, and the text that was not."""
     theirs = answer["response"]
     kept = ours.partition("\ufffd")[0]  # Ollama leaves out what is not a whole letter
@@ -191,8 +193,8 @@ def measure_agreement(url, name, path, tokenizer, texts):
     same = 0
     total = 0
     for prompt, ours in texts.items():
-        answer = ask(f"{url}/api/generate", json={**request, "prompt": prompt})
-        equal, compared, rest = compare(tokenizer, ours, answer)
+        answer = call_server(f"{url}/api/generate", json={**request, "prompt": prompt})
+        equal, compared, rest = compare_texts(tokenizer, ours, answer)
         print(f"{prompt!r}\n  PyTorch: {ours!r}\n  Ollama:  {answer['response']!r}")
         if rest:
             print(f"  Not compared: {rest!r}")
@@ -213,7 +215,7 @@ def main(quick=False, folder=None):
     (models / "ollama/Modelfile").write_text(MODELFILE)
 
     url = server_url(os.environ.get("OLLAMA_HOST", ""))
-    version = ask(f"{url}/api/version")["version"]
+    version = call_server(f"{url}/api/version")["version"]
     texts = {prompt: ask_torch(model, tokenizer, prompt) for prompt in PROMPTS}
     shares = {}
     for form, path in files.items():

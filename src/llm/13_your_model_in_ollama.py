@@ -90,7 +90,7 @@ def server_url(address):
     return f"{scheme or 'http'}://{host}:{port}/{path}".rstrip("/")
 
 
-def ask(url, **content):
+def call_server(url, **content):
     """Return the server's answer to a request, or stop with a sentence."""
     try:
         method = SESSION.post if content else SESSION.get
@@ -112,12 +112,14 @@ def create_model(url, name, files, **settings):
         digests[path.name] = f"sha256:{hashlib.sha256(data).hexdigest()}"
         blob = f"{url}/api/blobs/{digests[path.name]}"
         if SESSION.head(blob, timeout=5).status_code != 200:
-            ask(blob, data=data)
-    ask(f"{url}/api/create", json={"model": name, "files": digests, "stream": False, **settings})
+            call_server(blob, data=data)
+    call_server(
+        f"{url}/api/create", json={"model": name, "files": digests, "stream": False, **settings}
+    )
 
 
 # COMPARE: the most likely answer of each program to each question.
-def ask_torch(model, tokenizer, question):
+def answer_in_torch(model, tokenizer, question):
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -131,11 +133,11 @@ def ask_ollama(url, name, question):
     request = {"model": name, "stream": False, "truncate": False}
     request["messages"] = [{"role": "user", "content": question}]
     request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": LENGTH}
-    answer = ask(f"{url}/api/chat", json=request)
+    answer = call_server(f"{url}/api/chat", json=request)
     return answer["message"]["content"], answer["done"]
 
 
-def read_questions():
+def choose_questions():
     """Return eight learned terms in words that were not learned, and eight terms never seen."""
     with (ROOT / "data/qa.jsonl").open(encoding="utf-8-sig") as file:
         rows = [json.loads(line) for line in file if line.strip()]
@@ -157,15 +159,15 @@ def main(quick=False):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")  # the rounded weights
 
     url = server_url(os.environ.get("OLLAMA_HOST", ""))
-    version = ask(f"{url}/api/version")["version"]
+    version = call_server(f"{url}/api/version")["version"]
     name = NAME + ("-quick" if quick else "")
     settings = {"template": TEMPLATE, "system": SYSTEM, "parameters": {"stop": STOP}}
     create_model(url, name, sorted(folder.iterdir()), **settings)
     equal = 0
-    for title, questions in read_questions().items():
+    for title, questions in choose_questions().items():
         print(f"{title}, in Ollama {version} at {url}:")
         for question in questions:
-            ours = ask_torch(model, tokenizer, question)
+            ours = answer_in_torch(model, tokenizer, question)
             theirs, complete = ask_ollama(url, name, question)
             if not complete:  # the server ends an answer that repeats itself
                 ours = ours[: len(theirs)]
