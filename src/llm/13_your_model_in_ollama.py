@@ -147,14 +147,35 @@ def choose_questions():
     return {"Learned terms, in new words": learned[::step][:8], "Terms never seen": unseen[:8]}
 
 
+def compare_answers(model, tokenizer, url, name, questions):
+    """Print the answers of both programs. Return how many of them are equal."""
+    equal = 0
+    for question in questions:
+        ours = answer_in_torch(model, tokenizer, question)
+        theirs, complete = ask_ollama(url, name, question)
+        if not complete:  # the server ends an answer that repeats itself
+            ours = ours[: len(theirs)]
+        print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
+        equal += ours == theirs
+    return equal
+
+
+def show_commands(url, name):
+    message = {"role": "user", "content": "I do not understand dropout. Help me."}
+    request = json.dumps({"model": name, "stream": False, "messages": [message]})
+    print("Talk to your model:")
+    print(f'  ollama run {name} "{message["content"]}"')
+    print(f"  curl {url}/api/chat -d '{request}'")
+
+
 def main(quick=False):
     from transformers import AutoModelForCausalLM
 
     warnings.simplefilter("ignore")  # peft uses names that transformers will change
     models = ROOT / ("models/quick" if quick else "models")
+    folder = models / "my_tutor"
     command = "uv run src/llm/07_finetune_lora.py" + (" --quick" if quick else "")
     model, tokenizer = load_tuned_model(models / "smollm2", models / "smollm2_lora", command)
-    folder = models / "my_tutor"
     save_model(model, tokenizer, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")  # the rounded weights
 
@@ -166,18 +187,8 @@ def main(quick=False):
     equal = 0
     for title, questions in choose_questions().items():
         print(f"{title}, in Ollama {version} at {url}:")
-        for question in questions:
-            ours = answer_in_torch(model, tokenizer, question)
-            theirs, complete = ask_ollama(url, name, question)
-            if not complete:  # the server ends an answer that repeats itself
-                ours = ours[: len(theirs)]
-            print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
-            equal += ours == theirs
-    message = {"role": "user", "content": "I do not understand dropout. Help me."}
-    request = json.dumps({"model": name, "stream": False, "messages": [message]})
-    print("Talk to your model:")
-    print(f'  ollama run {name} "{message["content"]}"')
-    print(f"  curl {url}/api/chat -d '{request}'")
+        equal += compare_answers(model, tokenizer, url, name, questions)
+    show_commands(url, name)
     print(f"Result: server = {version}, questions = 16, equal = {equal}")
 
 
