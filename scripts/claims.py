@@ -40,4 +40,5 @@ PREDICTIONS = [
     ("llm/04_mini_gpt", "STEPS=100", "loss >= 0.3"),
     ("llm/07_finetune_lora", "EPOCHS=1", "word_for_word <= 60%"),
     ("llm/09_tokenizer", "TOY_MERGES=2", "lowest = 4"),
+    ("llm/13_your_model_in_ollama", "ROPE_THETA_ON_TOP=False", "equal <= 12"),
 ]
