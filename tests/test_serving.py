@@ -1052,7 +1052,8 @@ def test_ollama_continues_a_text_with_the_very_tokens(ollama, gguf, project, cap
     names = ["Modelfile", "my_gpt2.gguf", "my_gpt2_q8_0.gguf"]
     assert sorted(file.name for file in folder.iterdir()) == names
     assert (folder / "Modelfile").read_text() == "FROM ./my_gpt2.gguf\nTEMPLATE {{ .Prompt }}\n"
-    request = {"model": "my-gpt2", "options": {"temperature": 0, "num_predict": 20}}
+    options = {"temperature": 0, "repeat_penalty": 1, "num_predict": 20}
+    request = {"model": "my-gpt2", "options": options}
     answer = post(ollama, "/api/generate", prompt=gguf.PROMPTS[0], stream=False, **request).json()
     assert repr(answer["response"]) == answers[0], "the template changes nothing"
     if REAL:
