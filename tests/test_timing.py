@@ -332,6 +332,23 @@ def test_a_version_that_takes_too_long_is_not_waited_for(inference, small, monke
     assert rows["patient"].endswith("8.0 | 1.00 (1.00 to 1.00): no difference")  # 4 images in 0.5 s
 
 
+def test_a_slow_second_call_is_warm_up(inference, small, monkeypatch):
+    model, images = small
+    pauses = iter([0.01, 0.2])  # as TorchScript, which optimizes in its second call
+
+    def sleep(x, pauses):
+        time.sleep(next(pauses, 0.01))
+        return model(x)
+
+    versions = {
+        "eager": partial(sleep, pauses=iter([])),
+        "TorchScript": partial(sleep, pauses=pauses),
+    }
+    monkeypatch.setattr(inference, "make_version", lambda version, *_: versions[version])
+    checked = inference.check_versions(versions, model, images, [4])
+    assert checked["TorchScript"][3] < inference.PATIENCE
+
+
 def test_tf32_lasts_as_long_as_a_call(inference, monkeypatch):
     monkeypatch.setattr(inference, "DEVICE", torch.device("cuda"))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -435,6 +452,7 @@ def test_an_engine_that_cannot_run_is_left_out_with_its_reason(latency, small, c
     assert list(rows_of(capsys.readouterr().out)) == ["no package", "one size only"]
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
 def test_engines_that_need_no_compiler_give_the_same_answers(latency, small, monkeypatch):
     model, images = small
     monkeypatch.setattr(latency, "BATCHES", [1, 4])

@@ -117,8 +117,9 @@ def check_versions(versions, model, images, batch_sizes):
             print(f"{version:13} | not run: {type(error).__name__}: {str(error)[:60]}")
             continue
         made = time.perf_counter() - start
-        call(images).cpu()  # copying to the CPU waits for the device
-        once = time.perf_counter() - start - made
+        work = {"call": call, "images": images}
+        timer = Timer("call(images)", globals=work, num_threads=torch.get_num_threads())
+        once = timer.timeit(1).median  # after two calls to warm up: TorchScript's second is slow
         if version == "eager":
             eager = once
         difference = torch.cat(gaps).abs().max() / expected.abs().max().clamp(1e-9)
