@@ -144,7 +144,7 @@ def test_calls_that_really_differ_are_told_apart(timing):
     times = timing.time_in_turn(calls, seconds=0.2)
     ratio, low, high, verdict = timing.compare(times["one"], times["three"])
     assert verdict == "slower"
-    assert low <= ratio <= high
+    assert low - 0.01 <= ratio <= high + 0.01  # they are rounded
     assert 0.2 < ratio < 0.6
 
 
