@@ -14,6 +14,7 @@ import render
 import run_course
 import torch
 from conftest import REAL_DATA, ROOT, load_lesson
+from torch.utils.data import TensorDataset
 
 LESSON = '''"""{title}: a lesson of a test.
 
@@ -415,23 +416,24 @@ def test_an_excerpt_and_a_value_are_filled_in(small):
 
 # SABOTAGE: a lesson that does its work wrongly cannot keep its promise.
 def shuffle_labels(lesson):
-    load = lesson.load_mnist
+    make_dataset = lesson.make_dataset
 
     def shuffled(train):
-        images, labels = load(train)
-        return images, labels[torch.randperm(len(labels))] if train else labels
+        images, labels = make_dataset(train).tensors
+        order = torch.randperm(len(labels)) if train else torch.arange(len(labels))
+        return TensorDataset(images, labels[order])
 
-    lesson.load_mnist = shuffled
+    lesson.make_dataset = shuffled
 
 
 def shift_labels(lesson):
-    load = lesson.load_mnist
+    make_dataset = lesson.make_dataset
 
     def shifted(train):
-        images, labels = load(train)
-        return images, labels if train else (labels + 1) % 10
+        images, labels = make_dataset(train).tensors
+        return TensorDataset(images, labels if train else (labels + 1) % 10)
 
-    lesson.load_mnist = shifted
+    lesson.make_dataset = shifted
 
 
 def raise_learning_rate(lesson):

@@ -1,5 +1,6 @@
 """Every lesson once, quickly, by the command that a learner types; then all that can go wrong."""
 
+import io
 import os
 import re
 import resource
@@ -115,7 +116,7 @@ def test_full_cnn_keeps_its_promise_on_real_digits(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mistyped_flag_exits_2(monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quik"])
-    monkeypatch.setattr(sys, "stdin", sys.__stdin__)  # pytest's own cannot be reconfigured
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # pytest's is no stream
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "src" / f"{name}.py"), run_name="__main__")
     assert stop.value.code == 2

@@ -103,10 +103,10 @@ def draw(results):
     figure = Figure(figsize=(8, 3.5), layout="constrained", dpi=120)
     axes = figure.subplots()
     for row, ((_, name), accuracies) in enumerate(results.items()):
-        training, test = accuracies.mean(dim=0)
+        training, test = accuracies.mean(dim=0).tolist()
         color = "#F08C2E" if name == "dropout" else "#78818D"
         axes.barh(row, training - test, 0.3, left=test, color=color, alpha=0.4)
-        axes.errorbar(test, row, xerr=accuracies[:, 1].std(), fmt="o", color=color)
+        axes.errorbar(test, row, xerr=accuracies[:, 1].std().item(), fmt="o", color=color)
     axes.axvline(0.5, color="gray", ls="--")
     axes.set_yticks(range(len(results)), [f"{task}, {name}" for task, name in results])
     axes.invert_yaxis()
@@ -121,7 +121,7 @@ def main(quick=False):
         print(task)
         for name, dropout in {"no dropout": 0.0, "dropout": DROPOUT}.items():
             accuracies = train_and_evaluate(count, noise, dropout, quick)
-            training, test = accuracies.mean(dim=0)
+            training, test = accuracies.mean(dim=0).tolist()
             spread = f"{test:6.1%} ± {accuracies[:, 1].std():.1%}"
             print(f"  {name:10} train {training:6.1%} | test {spread} | gap {training - test:6.1%}")
             results[task, name] = accuracies
