@@ -24,7 +24,6 @@ from course import (
     capture_path,
     describe_machine,
     files_in,
-    find_lessons,
     first_line,
     has_seed,
     hash_code,
@@ -121,7 +120,7 @@ def record_prediction(lesson, edit, expect):
 
 
 def main(what, only):
-    for lesson in choose(find_lessons(), only):
+    for lesson in choose(only):
         if what == "lessons":
             record_lesson(lesson)
         if what == "seeds" and has_seed(lesson):

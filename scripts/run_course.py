@@ -1,15 +1,14 @@
 """Run the course's lessons, see which are done, or try a change.
 
-uv run scripts/run_course.py list                which lessons are done, missing or stale
-uv run scripts/run_course.py run                 all lessons that are not done yet, in order
-uv run scripts/run_course.py try 06_training     change a copy of a lesson, and see what differs
+uv run scripts/run_course.py list     which lessons are done, missing or stale
+uv run scripts/run_course.py run      all lessons that are not done yet, in order
+uv run scripts/run_course.py try 06_training --set EPOCHS=100     a changed copy, compared
 """
 
 import argparse
 import ast
 import contextlib
 import difflib
-import itertools
 import json
 import os
 import re
@@ -17,9 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from graphlib import TopologicalSorter
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 
 from course import (
     ROOT,
@@ -61,9 +60,9 @@ def served(lesson, model):
             server.terminate()
 
 
-def run_lesson(lesson, quick=False, script=None, threads=None, flags=()):
+def run_lesson(lesson, quick=False, script=None, threads=None):
     """Run a lesson, or its changed copy `script`; return its code, output, errors and seconds."""
-    command = [sys.executable, script or lesson, *flags]
+    command = [sys.executable, script or lesson]
     if quick:
         command.append("--quick")
     with served(lesson, place("models/smollm2/", quick)) as environment:
@@ -197,41 +196,39 @@ def run_all(todo, quick, keep_going):
     A full run measures, so one lesson runs at a time, in order. Short tests overlap.
     """
     jobs = min(4, os.cpu_count() + 1) if quick else 1
-    threads = max(1, os.cpu_count() // jobs) if jobs > 1 else None
-    order = list(todo)
-    sorter = TopologicalSorter(todo)
-    if not quick:
-        for before, after in itertools.pairwise(order):
-            sorter.add(after, before)
-    sorter.prepare()
-    runs, futures, stop = {}, {}, False
+    threads = max(1, os.cpu_count() // jobs) if quick else None
+    runs, futures, stop = {}, {}, threading.Event()
     layout = "{desc:32} {n_fmt}/{total_fmt} lessons {bar} {elapsed}"
     with (
         ThreadPoolExecutor(jobs) as pool,
         tqdm(total=len(todo), bar_format=layout, disable=None) as bar,
     ):
+
+        def run_after(lesson, makers):
+            wait([futures[maker] for maker in makers])
+            if stop.is_set():
+                return lesson, None
+            bar.set_description_str(lesson.stem[:32])
+            run = run_lesson(lesson, quick, threads=threads)
+            if run["code"] and not keep_going:
+                stop.set()
+            return lesson, run
+
+        for lesson, makers in todo.items():
+            futures[lesson] = pool.submit(run_after, lesson, makers)
         try:
-            while futures or (sorter.is_active() and not stop):
-                ready = [] if stop else sorter.get_ready()
-                for lesson in sorted(ready, key=order.index):
-                    futures[pool.submit(run_lesson, lesson, quick, threads=threads)] = lesson
-                bar.set_description_str(", ".join(one.stem for one in futures.values())[:32])
-                for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                    lesson = futures.pop(future)
-                    if future.cancelled():
-                        continue
-                    runs[lesson] = run = future.result()
-                    sorter.done(lesson)
-                    if not run["code"]:
-                        write_note(lesson, quick, run["output"])
-                    show_run(lesson, run, bar.write)
-                    bar.update()
-                    if run["code"] and not keep_going:
-                        stop = True
-                        pool.shutdown(wait=False, cancel_futures=True)
+            for future in as_completed(futures.values()):
+                lesson, run = future.result()
+                if run is None:
+                    continue
+                runs[lesson] = run
+                if not run["code"]:
+                    write_note(lesson, quick, run["output"])
+                show_run(lesson, run, bar.write)
+                bar.update()
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            wait(futures, timeout=2)  # a lesson on our terminal got the Ctrl-C, too
+            stop.set()
+            wait(futures.values(), timeout=2)  # a lesson on our terminal got the Ctrl-C, too
             for process in [*RUNNING]:
                 process.send_signal(signal.SIGINT)
             raise
@@ -268,12 +265,19 @@ def link_inputs(lesson, folder, quick=False):
             link.symlink_to(path)
 
 
-def set_constant(text, name, value):
-    """Return a lesson's text with `NAME = value` in a line of its own, below where NAME is set."""
+def set_constant(text, edit):
+    """Return a lesson's text with the edit `NAME=VALUE` below the line that sets NAME."""
     known = {}
     for line in ast.parse(text).body:
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
             known[line.targets[0].id] = line.end_lineno
+    name, _, value = edit.partition("=")
+    try:
+        words = [node.id for node in ast.walk(ast.parse(value)) if isinstance(node, ast.Name)]
+    except SyntaxError:
+        value = ""
+    if not value or any(not re.search(rf"\b{word}\b", text) for word in words):
+        sys.exit(f"--set wants NAME=VALUE, such as EPOCHS=1, not {edit}")
     if name not in known:
         sys.exit(f"This lesson sets no {name}. It sets {', '.join(known)}.")
     lines = text.splitlines(keepends=True)
@@ -283,43 +287,28 @@ def set_constant(text, name, value):
 
 def make_copy(lesson, edits, folder, quick=False):
     """Copy a lesson into a folder, with links to what it needs, and edit its constants."""
-    link_inputs(lesson, folder, quick)
-    copy = folder / lesson.relative_to(ROOT)
     text = lesson.read_text(encoding="utf-8")
     for edit in edits:
-        name, sign, value = edit.partition("=")
-        try:
-            words = [node.id for node in ast.walk(ast.parse(value)) if isinstance(node, ast.Name)]
-        except SyntaxError:
-            sign = ""
-        if not sign or any(not re.search(rf"\b{word}\b", text) for word in words):
-            sys.exit(f"--set wants NAME=VALUE, such as EPOCHS=1, not {edit}")
-        text = set_constant(text, name, value)
-    if edits or not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(text, encoding="utf-8")
+        text = set_constant(text, edit)
+    link_inputs(lesson, folder, quick)
+    copy = folder / lesson.relative_to(ROOT)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(text, encoding="utf-8")
     return copy
 
 
-def try_lesson(lesson, edits, quick, flags):
+def try_lesson(lesson, edits, quick):
     for file in files_in(read_card(lesson)["Needs"]):
         path = place(file, quick)
         if not is_made(path):
             command = read_card(makers_and_users()[file][0])["Run"] + (" --quick" if quick else "")
             sys.exit(f"{path.relative_to(ROOT)} is missing. Make it with: {command}")
-    scratch = f"{lesson.stem}_set" if edits else lesson.stem  # what you edit by hand stays yours
-    copy = make_copy(lesson, edits, ROOT / "models" / "scratch" / scratch, quick)
-    shown = copy.relative_to(ROOT)
-    if copy.read_bytes() == lesson.read_bytes() and not flags:
-        print(f"Your copy is {shown}. It has not been changed yet.")
-        print("Edit it and repeat this command, or add --set NAME=VALUE, or -- and its own flags.")
-        return
-    print(f"Running {shown}")
-    run = run_lesson(lesson, quick, copy, flags=flags)
+    copy = make_copy(lesson, edits, ROOT / "models" / "scratch" / lesson.stem, quick)
+    print(f"Running {copy.relative_to(ROOT)}")
+    run = run_lesson(lesson, quick, copy)
     print(run["output"] + run["errors"])
     if run["code"]:
-        again = "" if edits else f" Delete {shown} to start from the original."
-        sys.exit(f"Your copy ended with exit code {run['code']}.{again}")
+        sys.exit(f"Your copy ended with exit code {run['code']}.")
     before = read_words(read_capture(name_of(lesson))[1])
     after = read_words(run["output"])
     for name in dict.fromkeys([*before, *after]):
@@ -330,8 +319,9 @@ def try_lesson(lesson, edits, quick, flags):
 
 
 # COMMAND LINE
-def choose(lessons, only):
+def choose(only):
     """Return the lessons whose path contains one of `only`; all of them if there is none."""
+    lessons = find_lessons()
     parts = [re.sub(r"^(.*/)?src/", "", part).removesuffix(".py") for part in only or [""]]
     names = [name_of(lesson) for lesson in lessons]
     for part in parts:
@@ -359,27 +349,19 @@ def read_command():
             one.add_argument("--keep-going", action="store_true", help="also after a failure")
         if task == "try":
             one.add_argument("lesson", help="a part of a lesson's path, such as 06_training")
-            one.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-            one.epilog = "Words after -- are the lesson's own flags."
-    words = [*sys.argv[1:], "--"]
-    dashes = words.index("--")
-    command = parser.parse_args(words[:dashes])
-    command.flags = words[dashes + 1 : -1]
-    if command.flags and command.task != "try":
-        parser.error("only try takes a lesson's flags after --")
-    return command
+            one.add_argument("--set", action="append", required=True, metavar="NAME=VALUE")
+    return parser.parse_args()
 
 
 def main():
     command = read_command()
-    lessons = find_lessons()
     if command.task == "try":
-        chosen = choose(lessons, [command.lesson])
+        chosen = choose([command.lesson])
         if len(chosen) > 1:
             sys.exit(f"Which one: {', '.join(name_of(lesson) for lesson in chosen)}?")
-        try_lesson(chosen[0], command.set, command.quick, command.flags)
+        try_lesson(chosen[0], command.set, command.quick)
         return
-    lessons = choose(lessons, command.only)
+    lessons = choose(command.only)
     if command.task == "list":
         for lesson in lessons:
             state, why = state_of(lesson, command.quick)

@@ -8,6 +8,7 @@ import sys
 
 import course
 import pytest
+import records
 import render
 from conftest import LESSONS, ROOT
 
@@ -98,7 +99,7 @@ def test_top_level_holds_what_was_asked_for_and_nothing_else():
 
 # RECORDS: what the documents show is what a recorded run printed, and it keeps the cards' promises.
 def test_documents_tell_the_truth():
-    assert render.find_untruths() == []
+    assert records.find_untruths(ROOT) == []
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_a_lie_is_found(copy, mutation):
     changed = re.sub(pattern, replacement, text, count=1)
     assert changed != text, "the mutation changes nothing"
     (copy / file).write_text(changed, encoding="utf-8")
-    untruths = render.find_untruths(copy)
+    untruths = records.find_untruths(copy)
     assert any(complaint in untruth for untruth in untruths), untruths
 
 
@@ -210,11 +211,11 @@ def test_a_gpus_record_takes_the_place_of_the_cpus(copy):
     course.write_record(record, copy)
     capture = f"{course.first_line(machine, entry)}\n{output}"
     course.capture_path(name, machine, copy).write_text(capture, encoding="utf-8")
-    assert any("README.md" in untruth for untruth in render.find_untruths(copy))
+    assert any("README.md" in untruth for untruth in records.find_untruths(copy))
     for file in render.DOCUMENTS:
         text = (copy / file).read_text(encoding="utf-8")
         (copy / file).write_text(render.render(text, copy), encoding="utf-8")
-    assert render.find_untruths(copy) == []
+    assert records.find_untruths(copy) == []
     readme = (copy / "README.md").read_text(encoding="utf-8")
     assert f"<sub>Recorded {entry['date']}, {machine}, driver 550.0" in readme
     assert f"`{name}` | 86x | 81.20 to 90.10 | one run | within the interval |" in readme

@@ -195,7 +195,7 @@ def small_course(tmp_path):
     path = course / "src" / "llm" / "05_pretrain_gpt2.py"
     text = path.read_text(encoding="utf-8")
     for name, size in SIZES.items():
-        text = set_constant(text, name, size)
+        text = set_constant(text, f"{name}={size}")
     path.write_text(text, encoding="utf-8")
     return course
 
@@ -337,7 +337,7 @@ def test_ctrl_c_saves_the_model_so_far_and_says_so(small_course, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = small_course / "src" / "llm" / "05_pretrain_gpt2.py"
-    path.write_text(set_constant(path.read_text("utf-8"), "STEPS", 4000), encoding="utf-8")
+    path.write_text(set_constant(path.read_text("utf-8"), "STEPS=4000"), encoding="utf-8")
     command = [sys.executable, "-u", path, "--corpus", write_corpus(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
