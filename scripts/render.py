@@ -42,6 +42,34 @@ def minutes(seconds):
     return f"{seconds} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
+PARTS = {  # the rows of the map: a heading of the README, and what its lessons teach
+    "Basics": "tensors, layers, gradients, training; a first network that reads digits",
+    "Intermediate": "saving, convolutions, overfitting, learning rates, training on a GPU",
+    "Advanced": "transfer learning, smaller and faster models, reading your own pictures",
+    "The measuring lab": "timing, memory, profiling, several processes: what really helps",
+    "Language models": "attention, GPT-2, fine-tuning, and your own model in Ollama",
+}
+LAB = range(4, 13)  # advanced/04 to 12
+
+
+def part_of(lesson):
+    if lesson.parent.name == "advanced" and int(lesson.stem[:2]) in LAB:
+        return "The measuring lab"
+    return "Language models" if lesson.parent.name == "llm" else lesson.parent.name.capitalize()
+
+
+def map_table(root, records):
+    rows = ["| part | what you learn | lessons | to read | to run |", "|---|---|---|---|---|"]
+    for part, words in PARTS.items():
+        lessons = [lesson for lesson in find_lessons(root) if part_of(lesson) == part]
+        entries = [find_record("lessons", name_of(lesson), records)[1] for lesson in lessons]
+        read = f"{len(lessons) / 4:.1f} h"  # a quarter of an hour each
+        run = minutes(sum(entry["seconds"] for entry in entries))
+        link = f"[{part}](#{part.lower().replace(' ', '-')})"
+        rows.append(f"| {link} | {words} | {len(lessons)} | {read} | {run} |")
+    return rows
+
+
 def lessons_table(level, root, records):
     rows = ["| lesson | what you do | runs |", "|---|---|---|"]
     total = 0
@@ -119,6 +147,7 @@ def fill_table(name, root, records):
     if name in LEVELS:
         return lessons_table(name, root, records)
     tables = {
+        "map": map_table,
         "files": files_table,
         "glossary": glossary_table,
         "results": results_table,
@@ -134,17 +163,23 @@ def find_excerpt(name, root=ROOT):
 
 
 def fill_run(words, root, records):
-    """Return the command, what it takes and makes, its last line or lines, and the whole output."""
-    name, *count = words.split()
+    """Return the command, what it takes and makes, some lines of its output, and all of it.
+
+    `basics/02_tensors` shows the last line, `basics/02_tensors 3 5-7` the lines 3 and 5 to 7.
+    """
+    name, *ranges = words.split()
     card = read_card(root / "src" / f"{name}.py")
     machine, entry = find_record("lessons", name, records)
     output = read_capture(name, root)[1].rstrip()
     parts = [f"`{card['Run']}`", f"{minutes(entry['seconds'])} on {machine}"]
     if files := files_in(card["Makes"]):
         parts.append("makes " + ", ".join(f"`{file}`" for file in files))
-    last = output.splitlines()[-int(count[0] if count else 1) :]
-    lines = [" · ".join(parts) + " · prints:", "", "```text", *last, "```"]
-    if len(last) < len(output.splitlines()):
+    printed = output.splitlines()
+    shown = [] if ranges else printed[-1:]
+    for first, _, last in (numbers.partition("-") for numbers in ranges):
+        shown += printed[int(first) - 1 : int(last or first)]
+    lines = [" · ".join(parts) + " · prints:", "", "```text", *shown, "```"]
+    if len(shown) < len(printed):
         lines += ["", "<details><summary>Full output</summary>", "", "```text", output, "```", ""]
         lines.append("</details>")
     return lines

@@ -252,6 +252,8 @@ def test_links_inside_the_documents_lead_somewhere():
     for document in render.DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         anchors = set(re.findall(r'<a id="([\w-]+)">', text))
+        headings = re.findall(r"(?m)^## ([\w ]+)$", text)
+        anchors |= {heading.lower().replace(" ", "-") for heading in headings}
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith("#"):
                 assert target[1:] in anchors, f"{document}: {target}"
