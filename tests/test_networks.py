@@ -105,17 +105,6 @@ def test_noise_labels_know_nothing_of_the_rule():
         assert agreement == pytest.approx(expected, abs=0.02)
 
 
-def test_dropout_verdict_needs_more_than_chance():
-    lesson = load_lesson("intermediate/03_overfitting_dropout")
-    for changes, verdict in (
-        ([0.02, -0.02, 0.01, -0.01], "no difference"),
-        ([0.02, 0.03, 0.02, 0.03], "dropout helps"),
-        ([-0.02, -0.03, -0.02, -0.03], "dropout hurts"),
-    ):
-        without = torch.full((4,), 0.5)
-        assert verdict in lesson.judge(without, without + torch.tensor(changes))
-
-
 def test_schedules_move_the_learning_rate_as_documented():
     lesson = load_lesson("intermediate/04_lr_scheduler")
     torch.manual_seed(0)
@@ -202,17 +191,6 @@ def test_a_stopped_training_goes_on_in_a_new_process(tmp_path):
         assert resumed.stdout == f"100 {losses}\n"
     else:
         assert resumed.stdout.startswith("100 [")
-
-
-def test_the_trap_springs_if_nobody_looks(capsys, monkeypatch):
-    lesson = load_lesson("intermediate/01_save_load")
-    lesson.open_trap()
-    assert "refused" in capsys.readouterr().out
-    careful = torch.load
-    monkeypatch.setattr(torch, "load", lambda file, weights_only: careful(file, weights_only=False))
-    with pytest.raises(RuntimeError):  # after the code has run, the rest is no checkpoint
-        lesson.open_trap()
-    assert "Code from the file" in capsys.readouterr().out
 
 
 # GPU TRAINING: each of the three that stays behind is an error, and digits are not called coats.

@@ -10,9 +10,7 @@ network, you get the same predictions. To go on with training, you also need the
 """
 
 import argparse
-import io
 import os
-import pickle
 import sys
 from pathlib import Path
 
@@ -26,7 +24,6 @@ STEPS = 2000
 STOP = 100  # after this step, the training is saved
 SEED = 42
 WORDS = {True: "identical", False: "different"}
-TRAP = b"cbuiltins\nprint\n(S'Code from the file has printed this.'\ntR."
 
 
 # MODEL: one number in, eight neurons with a ReLU, one number out.
@@ -84,7 +81,7 @@ def save(model, path):
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
 
 
-# LOAD: weights_only=True reads tensors and plain containers, and runs no code from the file.
+# LOAD: a file can contain code, too. weights_only=True refuses it before the code can run.
 def load(model, path, lesson):
     try:
         model.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
@@ -104,14 +101,6 @@ def predict(model):
         print(f"  x = {x}: predicted {y:.2f}, expected {2 * x + 1}")
         errors.append(abs(y - (2 * x + 1)))
     return max(errors[:3])
-
-
-# DANGER: whoever reads a pickle file runs what it says. TRAP says: import print, then call it.
-def open_trap():
-    try:
-        torch.load(io.BytesIO(TRAP), weights_only=True)
-    except pickle.UnpicklingError as error:
-        print(f"A file that contains code: refused ({type(error).__name__})")
 
 
 def main(quick=False, file=None):
@@ -134,13 +123,11 @@ def main(quick=False, file=None):
 
     save(training.model, models / "simplenet.pth")
     reloaded = load(SimpleNet().to(DEVICE), models / "simplenet.pth", lesson)
-    print("Tensors in the file:", ", ".join(reloaded.state_dict()))
     error = predict(reloaded)
-    open_trap()
-    weights = nn.utils.parameters_to_vector(training.model.parameters())
-    same_weights = torch.equal(weights, nn.utils.parameters_to_vector(reloaded.parameters()))
-    same = f"reloaded = {WORDS[same_weights]}, resumed = {WORDS[losses == resumed_losses]}"
-    print(f"Result: {same}, largest_error = {error:.2f}")
+    weights = training.model.state_dict()
+    same = all(torch.equal(weights[name], own) for name, own in reloaded.state_dict().items())
+    words = f"reloaded = {WORDS[same]}, resumed = {WORDS[losses == resumed_losses]}"
+    print(f"Result: {words}, largest_error = {error:.2f}")
 
 
 if __name__ == "__main__":

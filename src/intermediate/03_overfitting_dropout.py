@@ -10,7 +10,6 @@ This is overfitting: the accuracy is high on the training samples, and lower on 
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -35,8 +33,7 @@ TASKS = {  # name: (number of training samples, share of the labels that a coin 
 }
 
 
-# DATA: ten random numbers. Their label is 1 if their sum is positive, but noise is the share of
-# the labels that a coin decides instead.
+# DATA: ten numbers, labeled 1 if their sum is positive. A coin labels the share `noise` of them.
 def make_noisy_samples(count, noise):
     inputs = torch.randn(count, 10)
     labels = (inputs.sum(dim=1) > 0).float()  # [count]
@@ -71,7 +68,7 @@ def evaluate(model, inputs, labels):
 # TRAIN: each seed gives the same training samples and first weights, with dropout or without.
 def train_and_evaluate(count, noise, dropout, quick):
     accuracies = []
-    for seed in tqdm(range(SEED, SEED + (3 if quick else REPEATS)), leave=False, disable=None):
+    for seed in range(SEED, SEED + (3 if quick else REPEATS)):
         torch.manual_seed(seed)
         inputs, labels = make_noisy_samples(count, noise)
         model = DropoutNet(dropout).to(DEVICE)
@@ -87,28 +84,16 @@ def train_and_evaluate(count, noise, dropout, quick):
     return torch.tensor(accuracies)  # [repeats, 2]
 
 
-# COMPARE: a change of the test accuracy counts if it is larger than twice its standard error.
-def judge(without, with_dropout):
-    changes = with_dropout - without  # [repeats]
-    mean = changes.mean()
-    margin = 2 * changes.std() / math.sqrt(len(changes))
-    verdict = "no difference"
-    if abs(mean) > margin:
-        verdict = "dropout helps" if mean > 0 else "dropout hurts"
-    return f"dropout changes the test accuracy by {mean:+.1%} ± {margin:.1%}: {verdict}"
-
-
 # PICTURE: a bar from the test accuracy to the training accuracy. A long bar is overfitting.
 def draw(results):
     figure = Figure(figsize=(8, 3.5), layout="constrained", dpi=120)
     axes = figure.subplots()
-    for row, ((_, name), accuracies) in enumerate(results.items()):
+    for (task, name), accuracies in results.items():
         training, test = accuracies.mean(dim=0).tolist()
         color = "#F08C2E" if name == "dropout" else "#78818D"
-        axes.barh(row, training - test, 0.3, left=test, color=color, alpha=0.4)
-        axes.errorbar(test, row, xerr=accuracies[:, 1].std().item(), fmt="o", color=color)
+        axes.barh(f"{task}, {name}", training - test, 0.3, left=test, color=color, alpha=0.4)
+        axes.plot(test, f"{task}, {name}", "o", color=color)
     axes.axvline(0.5, color="gray", ls="--")
-    axes.set_yticks(range(len(results)), [f"{task}, {name}" for task, name in results])
     axes.invert_yaxis()
     axes.set_xlabel("accuracy on new samples (circle) and on training samples (end of the bar)")
     return figure
@@ -120,19 +105,16 @@ def main(quick=False):
     for task, (count, noise) in TASKS.items():
         print(task)
         for name, dropout in {"no dropout": 0.0, "dropout": DROPOUT}.items():
-            accuracies = train_and_evaluate(count, noise, dropout, quick)
-            training, test = accuracies.mean(dim=0).tolist()
-            spread = f"{test:6.1%} ± {accuracies[:, 1].std():.1%}"
-            print(f"  {name:10} train {training:6.1%} | test {spread} | gap {training - test:6.1%}")
-            results[task, name] = accuracies
-        print(" ", judge(results[task, "no dropout"][:, 1], results[task, "dropout"][:, 1]))
+            results[task, name] = train_and_evaluate(count, noise, dropout, quick)
+            train, test = results[task, name].mean(dim=0)
+            print(f"  {name:10} train {train:6.1%} | test {test:6.1%} | gap {train - test:6.1%}")
+        changes = results[task, "dropout"][:, 1] - results[task, "no dropout"][:, 1]  # [repeats]
+        margin = 2 * changes.std() / len(changes) ** 0.5  # twice the standard error
+        print(f"  dropout changes the test accuracy by {changes.mean():+.1%} ± {margin:.1%}")
 
-    path = ROOT / ("models/quick/plots" if quick else "models/plots")
-    path = path / "intermediate-03_overfitting_dropout.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(results).savefig(path.with_suffix(".part"), format="png")
-    path.with_suffix(".part").replace(path)  # a crash never leaves half a picture
-    print(f"Saved {path.relative_to(ROOT).as_posix()}")
+    plots = ROOT / ("models/quick/plots" if quick else "models/plots")
+    plots.mkdir(parents=True, exist_ok=True)
+    draw(results).savefig(plots / "intermediate-03_overfitting_dropout.png")
     noise_train, noise_test = results["20 coin tosses", "no dropout"].mean(dim=0)
     dropout_train, _ = results["200 labels by the rule", "dropout"].mean(dim=0)
     _, rule_test = results["200 labels by the rule", "no dropout"].mean(dim=0)

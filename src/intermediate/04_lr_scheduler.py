@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim import lr_scheduler
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -84,7 +83,7 @@ def evaluate(model, inputs, labels):
 def measure(name, epochs, repeats):
     """Return the learning rate of each epoch, and the test loss of each network."""
     losses = []
-    for seed in tqdm(range(SEED, SEED + repeats), name, leave=False, disable=None):
+    for seed in range(SEED, SEED + repeats):
         torch.manual_seed(seed)
         train_data, validation_data, test_data = map(make_samples, [1000, 500, 5000])
         layers = [nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0)]
@@ -98,13 +97,12 @@ def measure(name, epochs, repeats):
 def draw(rates, losses):
     figure = Figure(figsize=(8, 3.5), layout="constrained", dpi=120)
     left, right = figure.subplots(1, 2)
-    for row, name in enumerate(rates):
+    for name in rates:
         left.plot(range(1, len(rates[name]) + 1), rates[name], ".-")
-        right.plot(losses[name], [row] * len(losses[name]), "o", alpha=0.5)
-        right.plot(mean(losses[name]), row, "k|", ms=16)
+        right.plot(losses[name], [name] * len(losses[name]), "o", alpha=0.5)
+        right.plot(mean(losses[name]), name, "k|", ms=16)
     left.set(title="learning rate", xlabel="epoch")
     right.set(title="test losses, and their mean", xlim=(0, None))
-    right.set_yticks(range(len(rates)), rates)
     right.invert_yaxis()
     return figure
 
@@ -119,11 +117,9 @@ def main(quick=False):
         spread = f"{mean(losses[name]):.4f} ± {stdev(losses[name]):.4f}"
         print(f"{name:17} | {change} | test loss {spread}")
 
-    path = ROOT / ("models/quick" if quick else "models") / "plots/intermediate-04_lr_scheduler.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(rates, losses).savefig(path.with_suffix(".part"), format="png")
-    path.with_suffix(".part").replace(path)  # a crash never leaves half a picture
-    print(f"Saved {path.relative_to(ROOT).as_posix()}")
+    plots = ROOT / ("models/quick/plots" if quick else "models/plots")
+    plots.mkdir(parents=True, exist_ok=True)
+    draw(rates, losses).savefig(plots / "intermediate-04_lr_scheduler.png")
     fixed, *scheduled = map(mean, losses.values())
     gain = f"scheduled_loss = {mean(scheduled):.4f}, worst_gain = {fixed / max(scheduled):.2f}"
     print(f"Result: fixed_loss = {fixed:.4f}, {gain}")
