@@ -162,6 +162,18 @@ def find_excerpt(name, root=ROOT):
     return textwrap.dedent(EXCERPT.search(text)[1]).rstrip()
 
 
+def wrap_lines(lines, width=110):
+    """Break the lines that a page cannot show without scrolling, such as a model's answers."""
+    wrapped = []
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        if len(line) > width:
+            wrapped += textwrap.wrap(line, width, subsequent_indent=indent)
+        else:
+            wrapped.append(line)
+    return wrapped
+
+
 def fill_run(words, root, records):
     """Return the command, what it takes and makes, some lines of its output, and all of it.
 
@@ -170,17 +182,17 @@ def fill_run(words, root, records):
     name, *ranges = words.split()
     card = read_card(root / "src" / f"{name}.py")
     machine, entry = find_record("lessons", name, records)
-    output = read_capture(name, root)[1].rstrip()
+    printed = read_capture(name, root)[1].rstrip().splitlines()
     parts = [f"`{card['Run']}`", f"{minutes(entry['seconds'])} on {machine}"]
     if files := files_in(card["Makes"]):
         parts.append("makes " + ", ".join(f"`{file}`" for file in files))
-    printed = output.splitlines()
     shown = [] if ranges else printed[-1:]
     for first, _, last in (numbers.partition("-") for numbers in ranges):
         shown += printed[int(first) - 1 : int(last or first)]
-    lines = [" · ".join(parts) + " · prints:", "", "```text", *shown, "```"]
+    lines = [" · ".join(parts) + " · prints:", "", "```text", *wrap_lines(shown), "```"]
     if len(shown) < len(printed):
-        lines += ["", "<details><summary>Full output</summary>", "", "```text", output, "```", ""]
+        lines += ["", "<details><summary>Full output</summary>", ""]
+        lines += ["```text", *wrap_lines(printed), "```", ""]
         lines.append("</details>")
     return lines
 
