@@ -420,16 +420,16 @@ def terminal():
     """llm/13: two questions to your own model, and what Ollama answered in the recorded run."""
     output = (OUTPUTS / "llm" / "13_your_model_in_ollama.txt").read_text(encoding="utf-8")
     answers = re.findall(r"^(.+)\n  PyTorch: .*\n  Ollama:  ['\"](.*)['\"]$", output, re.MULTILINE)
-    sheet = Sheet(8.8, 2.9)
-    sheet.axes.add_patch(Rectangle((0, 0), 8.8, 2.9, fc="#1E2329"))
-    y = 2.55
+    sheet = Sheet(5.4, 3.4)  # small, with large letters: it is also on the README's first screen
+    sheet.axes.add_patch(Rectangle((0, 0), 5.4, 3.4, fc="#1E2329"))
+    y = 3.15
     style = {"ha": "left", "va": "top", "family": "monospace"}
     for question, answer in answers[:2]:
         command = f'$ ollama run my-tutor "{question}"'
         for text, color in ((command, "#8FD3A8"), (answer, "#F2F4F7")):
-            lines = textwrap.wrap(text, 78)
-            sheet.write(0.25, y, "\n".join(lines), 10, color, **style)
-            y -= 0.24 * len(lines) + 0.1
+            lines = textwrap.wrap(text, 42)
+            sheet.write(0.25, y, "\n".join(lines), 11, color, **style)
+            y -= 0.25 * len(lines) + 0.12
         y -= 0.16
     return sheet
 
