@@ -84,13 +84,6 @@ def show(mistake, measured, correct):
     print(f"{mistake:21} | {times} | {measured / correct:6.2f}")
 
 
-def show_compile_time(model, images, seconds):
-    call = torch.inference_mode()(partial(torch.compile(model), images))
-    measured = np.mean([time_once(call) for _ in range(100)])  # the first call compiles
-    times = time_in_turn({"compiled": call}, seconds)
-    show("compile time included", measured, np.median(times["compiled"]))
-
-
 def main(quick=False):
     layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]  # as intermediate/02
     layers += [nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
@@ -101,30 +94,28 @@ def main(quick=False):
     cold = time_once(call)  # the first call of this process
     times = time_in_turn({"first": call, "second": call}, seconds=0.1 if quick else 2.0)
     correct = np.median(times["first"])
-    single = np.array([time_once(call) for _ in range(SINGLE_CALLS)])
+    single = [time_once(call) for _ in range(SINGLE_CALLS)]
     impatient = np.median([time_without_waiting(call) for _ in range(SINGLE_CALLS)])
 
     print(f"A batch of {BATCH_SIZE} images  |     measured |    correct | measured / correct")
     show("no warm-up", cold, correct)
     show("no waiting", impatient, correct)
-    show("single call, fastest", single.min(), correct)
-    show("single call, slowest", single.max(), correct)
+    show("single call, fastest", min(single), correct)
+    show("single call, slowest", max(single), correct)
     mistakes = 3
     try:
         if quick:
             raise RuntimeError("a short test leaves the compiler out")
-        show_compile_time(model, images, seconds=2.0)
+        call = torch.inference_mode()(partial(torch.compile(model), images))
+        measured = np.mean([time_once(call) for _ in range(100)])  # the first call compiles
+        compiled = np.median(time_in_turn({"compiled": call})["compiled"])
+        show("compile time included", measured, compiled)
         mistakes += 1
     except Exception as error:  # most often: there is no C++ compiler
         print(f"compile time included | not run: {type(error).__name__}: {str(error)[:60]}")
-    differ = np.mean(np.abs(np.log(single[1:] / single[:-1])) > np.log(1.1))
-    print(f"Two single calls in a row differ by 10% or more in {differ:.0%} of the pairs")
     ratio, low, high, verdict = compare(times["first"], times["second"])
-    print(
-        f"Correct timing of the same call twice: {ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}"
-    )
-    result = f"wrong_timings = {mistakes}, no_warm_up = {cold / correct:.2f}"
-    print(f"Result: {result}, single_calls_differ = {differ:.0%}")
+    print(f"The same call, correctly timed twice: {ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}")
+    print(f"Result: wrong_timings = {mistakes}, no_warm_up = {cold / correct:.2f}")
 
 
 if __name__ == "__main__":
