@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -90,13 +91,14 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(memory):
 @pytest.mark.parametrize("parts", [4, 8])
 def test_the_methods_keep_what_the_readme_says(memory, monkeypatch, parts):
     monkeypatch.setattr(memory, "PARTS", parts)
-    methods = memory.compare_methods(memory.build_deep_network(), 16)
-    assert methods["plain"] == (1, 0)
-    assert methods["accumulation"][0] == pytest.approx(1 / parts, rel=0.02)
-    assert methods["accumulation"][1] < 0.01
-    assert methods["checkpointing"][0] < 0.3
-    assert methods["checkpointing"][1] < 0.01
-    assert methods["bf16 autocast"][0] == pytest.approx(0.5, abs=0.05)
+    shares, differences = memory.compare_methods(memory.build_deep_network(), 16)
+    assert shares["plain"] == 1
+    assert differences["plain"] == 0
+    assert shares["accumulation"] == pytest.approx(1 / parts, rel=0.02)
+    assert differences["accumulation"] < 0.01
+    assert shares["checkpointing"] < 0.3
+    assert differences["checkpointing"] < 0.01
+    assert shares["bf16 autocast"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_checkpointing_computes_a_third_more(memory, capsys):
@@ -109,11 +111,10 @@ def test_checkpointing_computes_a_third_more(memory, capsys):
 
 def test_adam_keeps_two_numbers_for_each_weight(memory, capsys):
     model = memory.build_deep_network()
-    memory.show_optimizers(model)
-    rows = capsys.readouterr().out.splitlines()
+    memory.show_memory(model, [8])
+    rows = re.findall(r"keeps +(\d+) kB", capsys.readouterr().out)
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e3
-    sizes = [float(row.split(" kB")[0].split()[-1]) for row in rows[1:]]
-    assert sizes == pytest.approx([weights, 2 * weights], abs=1)
+    assert [float(row) for row in rows] == pytest.approx([weights, 2 * weights], abs=1)
 
 
 def test_a_full_memory_halves_the_parts_until_they_fit(memory, capsys):
@@ -279,7 +280,7 @@ def test_processes_meet_on_a_machine_whose_name_has_no_address():
 def test_the_planned_crash_happens_on_a_machine_whose_name_has_no_address():
     crashed = run_without_a_name(PAST, "--quick", "--processes", "3")
     assert crashed.returncode == 0, crashed.stderr
-    assert "attempt 2: 3 processes begin at step 5" in crashed.stdout
+    assert "3 processes begin at step 5" in crashed.stdout
     assert "process 2 is killed at step 12" in crashed.stdout
     assert "continues alone from step 10" in crashed.stdout
     assert "restart_difference = 0.000000000" in crashed.stdout
@@ -287,9 +288,9 @@ def test_the_planned_crash_happens_on_a_machine_whose_name_has_no_address():
 
 FAILS_AT_ONCE = "raise RuntimeError('cannot connect')"
 FAILS_LATER = """
-import os, pathlib, sys
-folder = pathlib.Path(sys.argv[sys.argv.index("--folder") + 1])
-(folder / "killed_1").touch()  # the first attempt is as planned, the second cannot connect
+import os, signal
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)  # the first attempt is as planned
 raise RuntimeError("cannot connect")
 """
 ENDS_IN_PEACE = "print('no crash at all')"
@@ -300,6 +301,7 @@ def test_a_failed_start_does_not_count_as_the_planned_crash(tmp_path, monkeypatc
     lesson, worker = load_lesson(PAST), tmp_path / "worker.py"
     worker.write_text(text)
     monkeypatch.setattr(lesson, "__file__", str(worker))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the lesson sets it, too: put it back afterwards
     with pytest.raises(SystemExit, match="did not fail as planned"):
         lesson.main(quick=True)
     assert "Result" not in capsys.readouterr().out
@@ -353,36 +355,11 @@ def test_no_process_is_left_when_one_fails_and_the_rest_sleep(tmp_path, monkeypa
     mark = f"{os.getpid()}-{len(deed)}"
     monkeypatch.setattr(lesson, "__file__", str(worker))
     monkeypatch.setenv("COURSE_TEST", mark)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the lesson sets it, too: put it back afterwards
     code, _, errors = lesson.launch(2)
     assert code == 1
     assert "Root Cause" in errors
     assert descendants_of(mark) == []
-
-
-@reads_proc
-def test_a_hang_is_ended(tmp_path, monkeypatch):
-    lesson, worker = load_lesson(PAST), tmp_path / "worker.py"
-    worker.write_text("import time; time.sleep(1000)")
-    monkeypatch.setattr(lesson, "__file__", str(worker))
-    mark = f"{os.getpid()}-hang"
-    monkeypatch.setenv("COURSE_TEST", mark)
-
-    class Impatient(lesson.Popen):
-        def communicate(self, timeout):
-            return super().communicate(timeout=4)
-
-    monkeypatch.setattr(lesson, "Popen", Impatient)
-    with pytest.raises(SystemExit, match="did not end within five minutes"):
-        lesson.launch(2)
-    assert descendants_of(mark) == []
-
-
-def test_seven_billion_parameters_are_those_of_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig())
-    assert load_lesson(PAST).count_seven_b() == sum(p.numel() for p in llama.parameters())
 
 
 def test_a_restart_that_forgets_its_momentum_would_be_noticed(tmp_path):
