@@ -218,15 +218,15 @@ def measure(lesson, version):
 
 
 ALL = ["eager", "channels_last", "bf16 autocast", "torch.compile", "TorchScript", "AOTInductor"]
-ALL += ["ONNX Runtime", "ONNX Runtime GPU", "int8 torch.ao", "int8 torchao"]
+ALL += ["ONNX Runtime", "int8 torchao"]
 
 
 def test_every_version_is_tested(versions):
     assert list(versions.ALLOWED) == ALL
-    assert {*versions.CPU_ONLY, *versions.COMPILED, *versions.FILES} < set(ALL)
+    assert {*versions.COMPILED, *versions.FILES} < set(ALL)
 
 
-@pytest.mark.parametrize("version", [name for name in ALL if name != "ONNX Runtime GPU"])
+@pytest.mark.parametrize("version", ALL)
 def test_every_version_is_within_its_tolerance(versions, capsys, version):
     if version in versions.COMPILED and not shutil.which("g++"):
         pytest.skip("needs a C++ compiler")
@@ -237,19 +237,16 @@ def test_every_version_is_within_its_tolerance(versions, capsys, version):
     assert [path.name for path in versions.folder.iterdir()] == kept
     if version == "eager":
         assert row["size"] == pytest.approx(52_138 * 4, rel=0.05)
-    if version.startswith("int8"):
+    if version == "int8 torchao":
         assert row["size"] <= 0.35 * 52_138 * 4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device may run it")
 def test_a_version_that_cannot_run_says_why_in_its_row(versions, monkeypatch, capsys):
-    assert measure(versions, "ONNX Runtime GPU") is None
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert measure(versions, "ONNX Runtime") is None
-    rows = capsys.readouterr().out.splitlines()
-    assert "not run: RuntimeError: this onnxruntime has no CUDAExecutionProvider" in rows[0]
-    assert "not run: ModuleNotFoundError" in rows[1]
-    assert "onnxruntime" in rows[1]
+    row = capsys.readouterr().out
+    assert row.startswith("ONNX Runtime  | not run: ModuleNotFoundError")
+    assert "onnxruntime" in row
 
 
 def change(model, name, edit):
@@ -313,7 +310,7 @@ def test_a_wrong_conversion_is_found_and_its_file_not_kept(versions, monkeypatch
     for version in ("channels_last", "bf16 autocast", "int8 torchao"):
         row = measure(versions, version)
         assert not row["is_right"], capsys.readouterr().out
-        assert "speed" not in row
+        assert row["speed"] == "not measured"
         assert "WRONG" in capsys.readouterr().out
     assert old.read_bytes() == b"the right one"
     assert list(versions.folder.iterdir()) == [old]
