@@ -107,49 +107,43 @@ def evaluate(model, images, labels):
     return (predicted == labels).float().mean().item()
 
 
-# COMPARE: each way gets the best of its learning rates, chosen on validation images.
-def choose_rates(backbone, sample, validation, steps):
-    chosen = {}
-    for way, rates in LEARNING_RATES.items():
+# COMPARE: validation images choose the best learning rate of each way. Then all ways learn from
+# the same images, several times.
+def compare_ways(backbone, count, steps, pool, validation, test, trials):
+    """Return {way: test accuracy in each trial}."""
+    sample = draw_sample(*pool, count)
+    rates = {}
+    for way, choice in LEARNING_RATES.items():
         accuracies = {}
-        for rate in rates:
+        for rate in choice:
             model = train(start(way, backbone), *sample, rate, steps)
             accuracies[rate] = evaluate(model, *validation)
-        chosen[way] = max(accuracies, key=accuracies.get)
-    return chosen
-
-
-def compare_ways(backbone, count, steps, pool, validation, test, trials):
-    """Return {way: test accuracy in each trial}. In a trial, all ways learn the same images."""
-    sample = draw_sample(*pool, count)
-    rates = choose_rates(backbone, sample, validation, steps)
+        rates[way] = max(accuracies, key=accuracies.get)
     scores = {way: [] for way in rates}
     for _ in range(trials):
         sample = draw_sample(*pool, count)
-        for way in rates:
-            model = train(start(way, backbone), *sample, rates[way], steps)
+        for way, rate in rates.items():
+            model = train(start(way, backbone), *sample, rate, steps)
             scores[way].append(evaluate(model, *test))
-    different = len(sample[0].unique(dim=0))
-    tqdm.write(f"{count} of each digit ({different:,} different images)")
+    tqdm.write(f"{count} images of each digit")
     for way, values in scores.items():
         spread = f"{np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
-        gain = np.mean(values) - np.mean(scores["from scratch"])
-        tqdm.write(f"  {way:15} {spread}, learning rate {rates[way]} | {gain:+.1%}")
+        tqdm.write(f"  {way:15} {spread}, learning rate {rates[way]}")
     return scores
 
 
 # PICTURE: a dot for each trial, and a line through the means.
-def draw(results):
+def draw(results, path):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    colors = ["#4C8BE0", "#9AA3AF", "#F08C2E"]
-    for way, color in zip(LEARNING_RATES, colors, strict=True):
+    for way, color in zip(LEARNING_RATES, ["#4C8BE0", "#9AA3AF", "#F08C2E"], strict=True):
         scores = [trials[way] for trials in results.values()]  # [counts, trials]
         axes.plot(list(results), scores, ".", color=color, alpha=0.5)
         axes.plot(list(results), np.mean(scores, axis=1), color=color, label=way)
     axes.set(xscale="log", xlabel="images of each digit", ylabel="test accuracy, digits 5 to 9")
     axes.legend()
-    return figure
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def main(quick=False):
@@ -160,25 +154,20 @@ def main(quick=False):
     _, validation = split_tasks(images[50_000:], labels[50_000:])
     old_test, test = split_tasks(*load_mnist(train=False))
     share = 20 if quick else 1
+    trials = 1 if quick else TRIALS
     backbone = train(start("from scratch", None), *old, learning_rate=1e-2, steps=900 // share)
     print(f"Trained on 0 to 4: {evaluate(backbone, *old_test):.1%} right. Now 5 to 9:")
+    data = (pool, validation, test)
     results = {}
-    for count, steps in tqdm(STEPS.items(), leave=False, disable=None):
-        trials = 1 if quick else TRIALS
-        results[count] = compare_ways(
-            backbone, count, steps // share, pool, validation, test, trials
-        )
-    path = ROOT / ("models/quick" if quick else "models")
-    path = path / "plots/advanced-12_transfer_honestly.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(results).savefig(path)
-    print(f"Saved {path.relative_to(ROOT).as_posix()}")
-
     gains = []
-    for name, way in (("frozen", "last layer only"), ("tuned", "all layers")):
-        for count, scores in results.items():
-            gain = np.mean(scores[way]) - np.mean(scores["from scratch"])
-            gains.append(f"{name}_{count} = {gain:+.1%}")
+    for count, steps in tqdm(STEPS.items(), leave=False, disable=None):
+        scores = compare_ways(backbone, count, steps // share, *data, trials)
+        results[count] = scores
+        mean = {way: np.mean(values) for way, values in scores.items()}
+        gains.append(f"frozen_{count} = {mean['last layer only'] - mean['from scratch']:+.1%}")
+        gains.append(f"tuned_{count} = {mean['all layers'] - mean['from scratch']:+.1%}")
+    models = ROOT / ("models/quick" if quick else "models")
+    draw(results, models / "plots/advanced-12_transfer_honestly.png")
     print(f"Result: {', '.join(gains)}, data = {(ROOT / 'data/MNIST/SOURCE').read_text()}")
 
 
