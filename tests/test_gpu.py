@@ -68,8 +68,7 @@ def test_transfer_and_versions_run_on_the_gpu(course):
 
 
 def test_the_gpu_stands_against_the_cpu(course):
-    output, result = quick_on_gpu(course, "advanced/04_gpu_vs_cpu_benchmark")
-    assert re.search(r"\d% of its peak", output)
+    _, result = quick_on_gpu(course, "advanced/04_gpu_vs_cpu_benchmark")
     assert re.fullmatch(r"[\d.]+ to [\d.]+", result["gpu_at_32"])
     assert result["largest_difference"] <= 0.0001
 
@@ -119,8 +118,8 @@ def test_each_process_trains_on_its_own_gpu(course):
     ("name", "small"),
     [
         ("llm/06_pretrained_llm", None),  # makes what the others need
-        ("llm/07_finetune_lora", "merged_difference"),
-        ("llm/11_lora_by_hand", "peft_difference"),
+        ("llm/07_finetune_lora", None),
+        ("llm/11_lora_by_hand", "merged_difference"),
     ],
 )
 def test_the_pretrained_model_answers_and_is_tuned_on_the_gpu(course, name, small):
@@ -128,6 +127,6 @@ def test_the_pretrained_model_answers_and_is_tuned_on_the_gpu(course, name, smal
     assert small is None or result[small] <= 0.01
 
 
-@pytest.mark.parametrize("name", ["llm/05_pretrain_gpt2", "llm/10_kv_cache"])
-def test_language_models_run_in_sixteen_bits_and_with_a_cache(course, name):
-    assert quick_on_gpu(course, name)[1]["logit_difference"] <= 0.01
+def test_language_models_run_in_sixteen_bits_and_with_a_cache(course):
+    assert quick_on_gpu(course, "llm/05_pretrain_gpt2")[1]["validation_loss"] <= 8
+    assert quick_on_gpu(course, "llm/10_kv_cache")[1]["logit_difference"] <= 0.01

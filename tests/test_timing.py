@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 GPU_VS_CPU = "advanced/04_gpu_vs_cpu_benchmark"
+TWO_SIDES = {"1 thread": (torch.device("cpu"), 1), "all threads": (torch.device("cpu"), 2)}
 INFERENCE = "advanced/07_inference_comparison"
 
 
@@ -179,8 +180,8 @@ def test_the_crossing_is_where_nothing_slower_follows(
     took = {"1 thread": [0.5] * 5, "all threads": [0.25] * 5}
     monkeypatch.setattr(benchmark, "time_in_turn", lambda *_: took)
     monkeypatch.setattr(benchmark, "compare", lambda *_: (1.0, 1.0, 1.0, next(told)))
-    sides = {"1 thread": (torch.device("cpu"), 1), "all threads": (torch.device("cpu"), 2)}
-    rows = benchmark.measure("Inference", [1, 8, 32, 128], sides, 1.0)
+    monkeypatch.setattr(benchmark, "SIDES", TWO_SIDES)
+    rows = benchmark.measure("Inference", [1, 8, 32, 128], 1.0)
     assert f": {words}\n" in capsys.readouterr().out
     rates, interval, difference = rows[32]
     assert rates == {"1 thread": 64.0, "all threads": 128.0}, "images are counted"
@@ -191,15 +192,15 @@ def test_the_crossing_is_where_nothing_slower_follows(
 def test_operations_are_counted(benchmark, capsys, monkeypatch):
     took = {"1 thread": [0.5] * 5, "all threads": [0.25] * 5}
     monkeypatch.setattr(benchmark, "time_in_turn", lambda *_: took)
-    sides = {"1 thread": (torch.device("cpu"), 1), "all threads": (torch.device("cpu"), 2)}
-    rows = benchmark.measure("Matrix product", [500, 1000], sides, 1.0)
+    monkeypatch.setattr(benchmark, "SIDES", TWO_SIDES)
+    rows = benchmark.measure("Matrix product", [500, 1000], 1.0)
     assert rows[500][0]["1 thread"] == 0.5  # 2 x 500^3 operations in half a second
     assert rows[1000][0]["all threads"] == 8.0
     assert rows[1000][2] <= 1e-5
     assert "2.00 (2.00 to 2.00): faster" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["Matrix product", "Inference", "Training"])
+@pytest.mark.parametrize("kind", ["Matrix product", "Inference"])
 def test_both_sides_do_the_same_work_with_their_own_threads(benchmark, kind):
     threads = torch.get_num_threads()
     cpu = torch.device("cpu")
@@ -209,45 +210,38 @@ def test_both_sides_do_the_same_work_with_their_own_threads(benchmark, kind):
         assert torch.get_num_threads() == 1
         torch.testing.assert_close(two(), first)
         assert torch.get_num_threads() == 2
-        assert (kind == "Training") == (one() != first).any(), "a training step trains"
     finally:
         torch.set_num_threads(threads)
-
-
-def test_a_share_of_the_peak_is_computed_from_the_card(benchmark, capsys, monkeypatch):
-    card = SimpleNamespace(major=8, minor=9, multi_processor_count=58, clock_rate=2_040_000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    benchmark.print_share_of_peak(15_000)  # an NVIDIA L4: 30,290 GFLOP/s
-    assert "reaches 50% of its peak" in capsys.readouterr().out
 
 
 def main_with(benchmark, monkeypatch, tmp_path, **options):
     """Run main with a measurement that takes no time; return the sizes that it was asked for."""
     asked = {}
 
-    def measure(kind, sizes, sides, seconds):
+    def measure(kind, sizes, seconds):
         asked[kind] = sizes
-        return {size: (dict.fromkeys(sides, 1.0), f"1.40 to 1.{size}", 0.0) for size in sizes}
+        rates = dict.fromkeys(benchmark.SIDES, 1.0)
+        return {size: (rates, f"1.40 to 1.{size}", 0.0) for size in sizes}
 
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     monkeypatch.setattr(benchmark, "measure", measure)
-    monkeypatch.setattr(benchmark, "print_share_of_peak", print)
     benchmark.main(**options)
     return asked
 
 
 def test_matrix_size_and_batches_choose_what_is_measured(benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "BATCHES", [8, 64])
+    monkeypatch.setattr(benchmark, "SIDES", TWO_SIDES)
     asked = main_with(benchmark, monkeypatch, tmp_path, matrix_size=300)
-    assert asked == {"Matrix product": [64, 256, 300], "Inference": [8, 64], "Training": [8, 64]}
+    assert asked == {"Matrix product": [64, 256, 300], "Inference": [8, 64]}
     shown = capsys.readouterr().out
     assert "products = 3" in shown
-    assert "measurements = 4, gpu_at_64 = none" in shown
+    assert "measurements = 2, gpu_at_64 = none" in shown
 
 
 def test_the_gain_of_a_gpu_is_an_interval(benchmark, monkeypatch, tmp_path, capsys):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(benchmark, "pick_sides", lambda: {"CPU": (cpu, 1), "GPU": (cpu, 1)})
+    monkeypatch.setattr(benchmark, "SIDES", {"CPU": (cpu, 1), "GPU": (cpu, 1)})
     main_with(benchmark, monkeypatch, tmp_path)
     assert "gpu_at_512 = 1.40 to 1.512\n" in capsys.readouterr().out
 
