@@ -101,14 +101,15 @@ def show_profile(settings):
         elif event.key.startswith("aten::"):
             operations[event.key] = event
     # README: end
-    print("  part of the loop                  CPU ms   share")
+    print("  part of the loop                  CPU ms")
     for name, milliseconds in spent.items():
-        print(f"  {name:30} {milliseconds:9.1f} {milliseconds / sum(spent.values()):7.1%}")
+        print(f"  {name:30} {milliseconds:9.1f}")
+    print("  operation                         CPU ms  GPU ms  calls")
     rows = sorted(operations.values(), key=lambda event: -event.self_cpu_time_total)[:7]
-    print("  operation                         CPU ms  GPU ms  calls  calls per image")
     for event in [*rows, operations["aten::item"]]:
-        times = f"{event.self_cpu_time_total / 1e3:9.1f} {event.self_device_time_total / 1e3:7.1f}"
-        print(f"  {event.key:30} {times} {event.count:6} {event.count / IMAGES:16.2f}")
+        cpu = event.self_cpu_time_total / 1e3
+        gpu = event.self_device_time_total / 1e3
+        print(f"  {event.key:30} {cpu:9.1f} {gpu:7.1f} {event.count:6}")
     return recorded, operations["aten::item"].count
 
 
@@ -132,28 +133,12 @@ def time_in_turn(calls, seconds=2.0):
     return times
 
 
-def compare(base, other):
-    """Return how many times as fast other is, its 95% interval (bootstrap, Efron 1979), verdict."""
-    base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
-    ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
-    verdict = "no difference"
-    if low > 1:
-        verdict = "faster"
-    elif high < 1:
-        verdict = "slower"
-    return np.median(base) / np.median(other), low, high, verdict
-
-
 def show_speed(times):
-    previous = first = times["all three faults"]
+    print("One repair after the other         images/s  times as fast")
+    first = np.median(times["all three faults"])
     for name, seconds in times.items():
-        speed = f"{IMAGES / np.median(seconds):9,.0f} images/s"
-        gain = "{:.2f}x ({:.2f} to {:.2f}), {}".format(*compare(previous, seconds))
-        print(f"  {name:30} {speed} | {gain}")
-        previous = seconds
-    print("  all together: {:.1f}x ({:.1f} to {:.1f}), {}".format(*compare(first, previous)))
+        median = np.median(seconds)
+        print(f"  {name:30} {IMAGES / median:10,.0f} {first / median:14.2f}")
 
 
 def main(quick=False):
@@ -164,7 +149,6 @@ def main(quick=False):
     recorded, waits_before = show_profile(slow)
     models = ROOT / ("models/quick" if quick else "models")
     save_trace(recorded, models / "advanced-09_profiling_trace.json")
-    print("One repair after the other, each compared with the line above")
     model = build_network()
     calls = {name: partial(train, model, *values) for name, values in settings.items()}
     show_speed(time_in_turn(calls, seconds=0.02 if quick else 2.0))
@@ -172,8 +156,8 @@ def main(quick=False):
     _, waits_after = show_profile(repaired)
     weights = train(build_network(), *slow)
     difference = (weights - train(build_network(), *repaired)).abs().max().item()
-    waits = f"waits_before = {waits_before}, waits_after = {waits_after}"
-    print(f"Result: {waits}, weight_difference = {difference:.6f}")
+    result = f"waits_before = {waits_before}, waits_after = {waits_after}"
+    print(f"Result: {result}, weight_difference = {difference:.6f}")
 
 
 if __name__ == "__main__":
