@@ -97,8 +97,8 @@ def show_memory(model, sizes):
         print(f"  {type(optimizer).__name__:4} keeps {state_size:5.0f} kB of optimizer state")
     if DEVICE.type == "cuda":
         print(f"  at most {torch.cuda.max_memory_allocated() / 1e6:.0f} MB allocated")
-        print(f"  {torch.cuda.memory_reserved() / 1e6:.0f} MB reserved, also for the next tensors")
-        torch.cuda.empty_cache()  # returns the rest, so that other programs can use it
+        print(f"  {torch.cuda.memory_reserved() / 1e6:.0f} MB reserved, with deleted tensors")
+        torch.cuda.empty_cache()  # other programs can now use the memory of deleted tensors
         print(f"  {torch.cuda.memory_reserved() / 1e6:.0f} MB reserved after empty_cache()")
     return per_image
 
