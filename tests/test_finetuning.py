@@ -130,7 +130,6 @@ def test_a_converted_model_is_not_converted_again(folders, tmp_path, monkeypatch
     output = capsys.readouterr().out
     assert output.startswith("models/smollm2: ")
     assert "left_padded = 3 of 3" in output
-    assert "gpt2_parameters = 124,439,808" in output
 
 
 def test_left_padding_changes_nothing(folders):
@@ -139,7 +138,8 @@ def test_left_padding_changes_nothing(folders):
     questions = ["a", "def f(x): pass", "one two three four"]
     single = [lesson.answer(model, tokenizer, [text], do_sample=False)[0] for text in questions]
     assert lesson.answer(model, tokenizer, questions, do_sample=False) == single
-    right = lesson.answer(model, tokenizer, questions, "right", do_sample=False)
+    tokenizer.padding_side = "right"
+    right = lesson.answer(model, tokenizer, questions, do_sample=False)
     assert right != single, "on the right it must show the difference"
 
 
@@ -284,10 +284,9 @@ def test_tuning_leaves_an_adapter_that_can_be_read_and_merged(lora, tmp_path, ca
     lora.main(questions=path)
     output = capsys.readouterr().out
     assert re.match(r"train: 8 .*\nunseen phrasings: 8 .*\nunseen terms: 3 ", output)
-    assert output.count("Epoch") == 2
+    assert len(re.findall(r"Epoch \d \| [\d.]+ s \| train loss", output)) == 2
     assert output.count("Glossary: ") == 4
     assert "gpt2_trainable = 294,912" in output
-    assert float(output.rsplit("merged_difference = ")[1]) < 1e-3
     folder = tmp_path / "models" / "smollm2_lora"
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 32)
@@ -297,8 +296,11 @@ def test_tuning_leaves_an_adapter_that_can_be_read_and_merged(lora, tmp_path, ca
     ids = torch.arange(20, device=lora.DEVICE).unsqueeze(0)
     with torch.inference_mode():
         before = base(ids).logits
-        tuned = PeftModel.from_pretrained(base, folder).eval()(ids).logits
+        model = PeftModel.from_pretrained(base, folder).eval()
+        tuned = model(ids).logits
+        merged = model.merge_and_unload()(ids).logits
     assert (before - tuned).abs().max() > 1e-3, "it was trained"
+    torch.testing.assert_close(merged, tuned, atol=1e-3, rtol=1e-3)
     assert (tmp_path / "models/plots/llm-07_finetune_lora.png").stat().st_size > 0
 
 
@@ -403,18 +405,42 @@ def test_the_glossary_is_one_that_a_reader_can_use():
 
 
 # LORA BY HAND
-def test_lora_by_hand_equals_peft_and_merges(folders, capsys):
+@torch.no_grad()
+def test_lora_by_hand_equals_peft_and_merges(folders):
+    from peft import LoraConfig, get_peft_model
+
     lesson = load_lesson("llm/11_lora_by_hand")
     base, _ = lesson.load_folder(folders / "smollm2", "src/llm/06.py")
     ids = torch.arange(30, device=lesson.DEVICE).unsqueeze(0)
-    assert max(lesson.compare_with_peft(base, ids, rank=4)) < 1e-3
-    assert float(capsys.readouterr().out.split("up to ")[1]) > 0.01
-    fresh, added = lesson.insert_lora(base, 4, lesson.LAYERS)
-    assert torch.equal(fresh(ids).logits, base(ids).logits)
-    assert len(added) == 4
-    assert lesson.count_trainable(fresh) == 2 * (4 * (32 + 32) + 4 * (32 + 16))
-    fresh(ids).logits.sum().backward()
-    assert all(lora.layer.weight.grad is None for lora in added), "W is frozen"
+    model = lesson.insert_lora(base, 4, lesson.LAYERS)
+    loras = [layer for layer in model.modules() if isinstance(layer, lesson.LoRA)]
+    assert len(loras) == 4
+    before = base(ids).logits
+    assert torch.equal(model(ids).logits, before), "B starts with zeros"
+    config = LoraConfig(r=4, lora_alpha=4 * lesson.SCALE, target_modules=lesson.LAYERS)
+    theirs = get_peft_model(base, config).eval()
+    others = [layer for layer in theirs.modules() if hasattr(layer, "lora_A")]
+    for lora, other in zip(loras, others, strict=True):
+        lora.B.normal_(std=0.1)
+        other.lora_A["default"].weight.copy_(lora.A)
+        other.lora_B["default"].weight.copy_(lora.B)
+    logits = model(ids).logits
+    assert (logits - before).abs().max() > 0.01
+    torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    lesson.merge(model)
+    assert not [layer for layer in model.modules() if isinstance(layer, lesson.LoRA)]
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_by_hand_trains_the_small_matrices_alone(folders):
+    lesson = load_lesson("llm/11_lora_by_hand")
+    base, _ = lesson.load_folder(folders / "smollm2", "src/llm/06.py")
+    model = lesson.insert_lora(base, 4, lesson.LAYERS)
+    assert lesson.count_trainable(model) == 2 * (4 * (32 + 32) + 4 * (32 + 16))
+    model(torch.arange(30, device=lesson.DEVICE).unsqueeze(0)).logits.sum().backward()
+    loras = [layer for layer in model.modules() if isinstance(layer, lesson.LoRA)]
+    assert all(lora.layer.weight.grad is None for lora in loras), "W is frozen"
+    assert all(lora.B.grad.abs().max() > 0 for lora in loras)
 
 
 def test_lora_by_hand_has_the_counts_of_the_notes():
@@ -424,7 +450,7 @@ def test_lora_by_hand_has_the_counts_of_the_notes():
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(GPT2Config())
         for rank, size in {1: 36_864, 8: 294_912, 64: 2_359_296}.items():
-            model, _ = lesson.insert_lora(gpt2, rank, ["c_attn"])
+            model = lesson.insert_lora(gpt2, rank, ["c_attn"])
             assert lesson.count_trainable(model) == size
 
 
@@ -445,8 +471,8 @@ def test_cached_generation_equals_plain_and_that_of_transformers(folders):
     lesson = load_lesson("llm/10_kv_cache")
     model, _ = lesson.load_folder(folders / "gpt2_mini", "src/llm/05.py")
     ids = torch.tensor([[5, 6, 7]], device=lesson.DEVICE)
-    plain = lesson.generate(model, ids, 96, cached=False)
-    assert torch.equal(plain, lesson.generate(model, ids, 96, cached=True))
+    plain = lesson.generate(model, ids, 96, use_cache=False)
+    assert torch.equal(plain, lesson.generate(model, ids, 96, use_cache=True))
     assert len(set(plain[0].tolist())) > 3, "a text of one token proves nothing"
     expected = model.generate(ids, max_new_tokens=93, do_sample=False, eos_token_id=None)
     assert torch.equal(plain, expected)
@@ -477,9 +503,7 @@ def test_a_context_shorter_than_the_lengths_is_no_error(folders, tmp_path, monke
     assert float(re.search(r"logit_difference = ([\d.]+)", output)[1]) <= 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "encoding"), [("07_finetune_lora", "cp1252"), ("10_kv_cache", "latin-1")]
-)
+@pytest.mark.parametrize(("name", "encoding"), [("07_finetune_lora", "cp1252")])
 def test_model_text_fits_on_any_terminal(folders, tmp_path, name, encoding):
     for folder in ("gpt2_mini", "smollm2"):
         shutil.copytree(folders / folder, tmp_path / "models" / "quick" / folder)

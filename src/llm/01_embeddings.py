@@ -57,12 +57,8 @@ def train_on_pairs(index):
     words = RELATED + UNRELATED + UNSEEN
     pairs = torch.stack([look_up(pair, index) for pair in words])  # [8, 2]
     answers = torch.tensor([1.0] * len(RELATED) + [0.0] * len(UNRELATED), device=DEVICE)
-    model = nn.Sequential(
-        nn.Embedding(len(index), 4),  # [N, 2] -> [N, 2, 4]
-        nn.Flatten(),  # [N, 8]: both vectors in one row
-        nn.Linear(8, 1),
-        nn.Flatten(start_dim=0),  # [N], logits
-    ).to(DEVICE)
+    layers = [nn.Embedding(len(index), 4), nn.Flatten(), nn.Linear(8, 1), nn.Flatten(start_dim=0)]
+    model = nn.Sequential(*layers).to(DEVICE)  # [N, 2] -> [N, 2, 4] -> [N, 8] -> [N, 1] -> [N]
     batches = [(pairs[: len(answers)], answers)] * 500  # all six pairs, 500 times
     loss = train(model, batches, F.binary_cross_entropy_with_logits)
     for (first, second), probability in zip(words, model(pairs).sigmoid(), strict=True):
@@ -102,10 +98,9 @@ def mean_cosine(vectors, pairs):  # [V, WIDTH], [P, 2]
     return F.cosine_similarity(vectors[pairs[:, 0]], vectors[pairs[:, 1]]).mean().item()
 
 
-def show_nearest(vectors, index):
-    words = list(index)
+def show_nearest(vectors, words):
     for word in ["list", "float", "maximum", "weight", "first"]:
-        cosines = F.cosine_similarity(vectors, vectors[look_up([word], index)])  # [V]
+        cosines = F.cosine_similarity(vectors, vectors[words.index(word)], dim=-1)  # [V]
         nearest = cosines.topk(6).indices[1:]  # the nearest is the word itself
         print(f"  {word:8} is near {', '.join(words[number] for number in nearest)}")
 
@@ -113,11 +108,12 @@ def show_nearest(vectors, index):
 # PICTURE: the two directions in which the vectors differ most. A line joins each pair of ALIKE.
 def draw(vectors, words):  # [24, WIDTH]
     _, _, directions = torch.pca_lowrank(vectors, q=2)
-    points = (vectors @ directions).cpu().view(-1, 2, 2).numpy()  # [pairs, words, coordinates]
+    points = (vectors @ directions).cpu().numpy()  # [24, 2]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(points[..., 0].T, points[..., 1].T, marker="o")
-    for word, point in zip(words, points.reshape(-1, 2), strict=True):
+    for first in range(0, len(words), 2):
+        axis.plot(*points[first : first + 2].T, marker="o")
+    for word, point in zip(words, points, strict=True):
         axis.annotate(word, point, fontsize=8, xytext=(4, 4), textcoords="offset points")
     return figure
 
@@ -130,12 +126,12 @@ def main(quick=False):
     pairs_loss = train_on_pairs(index)
 
     words = read_words()
-    frequent = [word for word, count in Counter(words).most_common() if count >= 20]
-    print(f"Real text: {len(words):,} words, {len(frequent):,} of them in the vocabulary")
-    index = {word: number for number, word in enumerate(["<unk>", *frequent])}
+    vocabulary = ["<unk>"] + [word for word, n in Counter(words).most_common() if n >= 20]
+    print(f"Real text: {len(words):,} words, {len(vocabulary) - 1:,} of them in the vocabulary")
+    index = {word: number for number, word in enumerate(vocabulary)}
     ids = look_up([word for word in words if word in index], index)
     vectors = train_on_text(ids[:20_000] if quick else ids, len(index))
-    show_nearest(vectors, index)
+    show_nearest(vectors, vocabulary)
     alike = re.findall("[a-z]+", ALIKE)
     related = mean_cosine(vectors, look_up(alike, index).view(-1, 2))
     random = mean_cosine(vectors, torch.randint(len(index), (2000, 2), device=DEVICE))

@@ -10,8 +10,8 @@ add their result to what was there, so the first words still reach the last of a
 """
 
 import argparse
-import math
 import sys
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -26,41 +26,31 @@ LEARNING_RATE = 3e-3
 SEED = 42
 
 
-# MODEL: the attention of llm/02, then the block around it.
-def attend(q, k, v, causal=False):  # [N, T, d] each
-    """softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, arXiv:1706.03762): output and weights."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [N, T, T]
-    if causal:  # hide the words that follow
-        future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
-        scores = scores.masked_fill(future, float("-inf"))  # softmax turns -inf into 0
-    weights = F.softmax(scores, dim=-1)  # each row sums to 1
-    return weights @ v, weights  # [N, T, d], [N, T, T]
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, embed_dim, causal=False):
+# MODEL: the attention of llm/02 by PyTorch's own function, then the block around it.
+class OneHead(nn.Module):
+    def __init__(self, width):
         super().__init__()
-        self.W_Q = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.W_K = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.W_V = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.causal = causal
+        self.W_Q = nn.Linear(width, width, bias=False)
+        self.W_K = nn.Linear(width, width, bias=False)
+        self.W_V = nn.Linear(width, width, bias=False)
 
-    def forward(self, x):  # [N, T, embed_dim]
-        return attend(self.W_Q(x), self.W_K(x), self.W_V(x), self.causal)
+    def forward(self, x):  # [N, T, width]
+        q, k, v = self.W_Q(x), self.W_K(x), self.W_V(x)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 # The block of the first transformer has a norm after each sum.
 # README: start
 class TransformerBlock(nn.Module):
-    def __init__(self, width, hidden, causal=False):
+    def __init__(self, width, hidden):
         super().__init__()
-        self.attention = SelfAttention(width, causal)
+        self.attention = OneHead(width)
         self.ff = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x):  # [N, T, width]
-        x = self.norm1(x + self.attention(x)[0])
+        x = self.norm1(x + self.attention(x))
         return self.norm2(x + self.ff(x))
         # README: end
 
@@ -69,11 +59,11 @@ class PreNormBlock(TransformerBlock):
     """The same parts in GPT-2's order: x itself passes through the sums without a norm."""
 
     def forward(self, x):
-        x = x + self.attention(self.norm1(x))[0]
+        x = x + self.attention(self.norm1(x))
         return x + self.ff(self.norm2(x))
 
 
-# COUNT: the parameters of one block, of stacks, and of published models.
+# COUNT: the parameters of blocks and of published models.
 def parameter_count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -82,40 +72,37 @@ def show_published():
     """Build published models on the meta device, where a tensor has a shape but no memory."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    configs = {
-        "GPT-2 small": GPT2Config(),
-        "GPT-2 XL": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
-        "GPT-3": GPT2Config(n_embd=12288, n_layer=96, n_head=96, n_positions=2048),
-        "LLaMA 7B": LlamaConfig(),
-    }
-    counts = {}
-    print("Model       |      parameters | GB in fp32 | in bf16 | in int4")
-    for name, config in configs.items():
-        with torch.device("meta"):
-            model = LlamaForCausalLM if name.startswith("LLaMA") else GPT2LMHeadModel
-            counts[name] = parameter_count(model(config))
-        fp32, bf16, int4 = (counts[name] * size / 1e9 for size in [4, 2, 0.5])
-        print(f"{name:11} | {counts[name]:15,} | {fp32:10.1f} | {bf16:7.1f} | {int4:7.1f}")
-    return counts["GPT-2 small"]
+    gpt3 = GPT2Config(n_embd=12288, n_layer=96, n_head=96, n_positions=2048)
+    with torch.device("meta"):
+        models = {
+            "GPT-2 small": GPT2LMHeadModel(GPT2Config()),
+            "GPT-3": GPT2LMHeadModel(gpt3),
+            "LLaMA 7B": LlamaForCausalLM(LlamaConfig()),
+        }
+    print("Model       |      parameters | GB in fp32 | in bf16")
+    for name, model in models.items():
+        count = parameter_count(model)
+        print(f"{name:11} | {count:15,} | {count * 4 / 1e9:10.1f} | {count * 2 / 1e9:7.1f}")
+    return parameter_count(models["GPT-2 small"])
 
 
-# COMPARE: which order lets a deep stack learn? The task is to add up the words so far.
-def train_stack(block_class, steps, width=32, words=16):
+# COMPARE: which order lets a deep stack learn? The task is to add up the vectors so far.
+def train_stack(block_class, steps):
     """Return the mean loss of the last ten steps. A stack that always answers 0 has loss 1."""
     torch.manual_seed(SEED)
-    blocks = [block_class(width, 4 * width, causal=True) for _ in range(DEPTH)]
-    stack = nn.Sequential(*blocks, nn.Linear(width, width)).to(DEVICE)
+    blocks = [block_class(32, 128) for _ in range(DEPTH)]
+    stack = nn.Sequential(*blocks, nn.Linear(32, 32)).to(DEVICE)
     optimizer = torch.optim.Adam(stack.parameters(), lr=LEARNING_RATE, fused=True)
-    counts = torch.arange(1, words + 1, device=DEVICE).unsqueeze(1)
+    counts = torch.arange(1, 17, device=DEVICE).unsqueeze(1)  # [16, 1]
     losses = []
     for _ in range(steps):
-        x = torch.randn(8, words, width, device=DEVICE)
+        x = torch.randn(8, 16, 32, device=DEVICE)  # 8 texts of 16 words
         loss = F.mse_loss(stack(x), x.cumsum(dim=1) / counts.sqrt())  # targets of variance 1
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return sum(losses[-10:]) / len(losses[-10:])
+    return mean(losses[-10:])
 
 
 def main(quick=False):
@@ -127,9 +114,8 @@ def main(quick=False):
     for name, parameter in block.named_parameters():
         print(f"  {name:24} {tuple(parameter.shape)}")
     size = parameter_count(block)
-    for depth in [1, 2, 4, 8, 12]:
-        stack = nn.ModuleList(TransformerBlock(WIDTH, HIDDEN) for _ in range(depth))
-        print(f"  {depth:2} blocks: {parameter_count(stack):6,} parameters")
+    twelve = parameter_count(nn.ModuleList(TransformerBlock(WIDTH, HIDDEN) for _ in range(12)))
+    print(f"One block has {size} parameters, and twelve have {twelve:,}")
     gpt2_small = show_published()
 
     steps = 20 if quick else STEPS
@@ -138,7 +124,7 @@ def main(quick=False):
     print(f"  norm after the sum:   loss {after:.2f}")
     before = train_stack(PreNormBlock, steps)
     print(f"  norm before the part: loss {before:.2f}")
-    counts = f"block = {size:,}, twelve_blocks = {parameter_count(stack):,}"
+    counts = f"block = {size:,}, twelve_blocks = {twelve:,}"
     losses = f"postnorm_loss = {after:.2f}, prenorm_loss = {before:.2f}"
     print(f"Result: {counts}, gpt2_small = {gpt2_small:,}, {losses}")
 

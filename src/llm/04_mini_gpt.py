@@ -57,11 +57,8 @@ class MiniBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x):  # [N, T, width]
-        q = self.W_Q(x)
-        k = self.W_K(x)
-        v = self.W_V(x)
-        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # as llm/02 by hand
-        x = self.norm1(x + attention)
+        q, k, v = self.W_Q(x), self.W_K(x), self.W_V(x)
+        x = self.norm1(x + F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return self.norm2(x + self.ff(x))
 
 

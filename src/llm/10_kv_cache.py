@@ -14,8 +14,8 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -72,33 +72,30 @@ def forward(model, ids, caches=None):  # [N, T], and one cache for each block
 
 # GENERATE: always the likeliest token, so that both ways must write the same text.
 @torch.inference_mode()
-def generate(model, ids, total, cached):
+def generate(model, ids, total, use_cache):
     """Continue ids [1, T] to `total` tokens. Without a cache, each step computes all of them."""
     caches = None
     new = ids
     while ids.shape[1] < total:
-        logits, new_caches = forward(model, new if cached else ids, caches)
-        if cached:
-            caches = new_caches
+        if use_cache:
+            logits, caches = forward(model, new, caches)
+        else:
+            logits, _ = forward(model, ids)
         new = logits[:, -1:].argmax(dim=-1)  # [1, 1]
         ids = torch.cat([ids, new], dim=1)
     return ids
 
 
 def time_both(write, rounds):
-    """Write in turn without and with a cache. Return the seconds of both, and whether they agree.
-
-    The seconds are medians, after a warm-up.
-    """
+    """Return the median seconds without and with a cache, and whether both write the same."""
     seconds = {False: [], True: []}
     texts = {}
-    for _ in range(rounds + 1):
-        for cached, times in seconds.items():
+    for _ in range(rounds + 1):  # the first round is a warm-up
+        for use_cache, times in seconds.items():
             start = time.perf_counter()
-            texts[cached] = write(cached).tolist()  # .tolist() waits for a GPU
+            texts[use_cache] = write(use_cache=use_cache).tolist()  # .tolist() waits for a GPU
             times.append(time.perf_counter() - start)
-    without, with_cache = (np.median(times[1:]) for times in seconds.values())
-    return without, with_cache, texts[False] == texts[True]
+    return median(seconds[False][1:]), median(seconds[True][1:]), texts[False] == texts[True]
 
 
 def main(quick=False):
@@ -113,11 +110,10 @@ def main(quick=False):
         without, with_cache, same = time_both(write, rounds=1 if quick else ROUNDS)
         print(f"{length:6} | {without:9.3f} | {with_cache:6.3f} | {without / with_cache:.1f}x")
         agree.append(same)
-    text = write(cached=True)
+    text = write(use_cache=True)
     with torch.inference_mode():
         logits, caches = forward(model, text)
         difference = (logits - model(text).logits).abs().max().item()
-    print("Sample:", repr(tokenizer.decode(text[0, :40])))
     size = sum(tensor.nbytes for cache in caches for tensor in cache)
     print(f"The cache holds {size / text.shape[1]:,.0f} bytes for each token")
 
@@ -127,21 +123,15 @@ def main(quick=False):
     inputs = tokenizer.apply_chat_template(chat, **options).to(DEVICE)
     new = 8 if quick else NEW_TOKENS
     options = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
-
-    def write_smollm2(cached):
-        return model.generate(**inputs, **options, use_cache=cached)
-
-    without, with_cache, same = time_both(write_smollm2, rounds=1)
+    without, with_cache, same = time_both(partial(model.generate, **inputs, **options), rounds=1)
     agree.append(same)
     speed_up = f"{without / with_cache:.1f}x"
     print(f"SmolLM2, {new} tokens: {without:.2f} s without, {with_cache:.2f} s with, {speed_up}")
-    same = "yes" if all(agree) else "no"
     numbers = f"logit_difference = {difference:.6f}, smollm2_speedup = {speed_up}"
-    print(f"Result: same_text = {same}, {numbers}")
+    print(f"Result: same_text = {'yes' if all(agree) else 'no'}, {numbers}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some letters
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a short test: 32 tokens")
     arguments = parser.parse_args()
