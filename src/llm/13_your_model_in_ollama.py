@@ -32,7 +32,9 @@ TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """  # the chat format of SmolLM2, in the language of Ollama's templates
-STOP = ["<|im_start|>", "<|im_end|>"]  # where an answer ends
+# By itself, Ollama draws each token at random and avoids tokens that were written before. With
+# these values it takes the most likely one, so a definition comes word for word more often.
+PARAMETERS = {"temperature": 0, "repeat_penalty": 1, "stop": ["<|im_start|>", "<|im_end|>"]}
 WORDS = (  # Qwen2's rule to split a text into words. Ollama knows this rule, not SmolLM2's own
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,22 +44,17 @@ SESSION.trust_env = False  # no proxy between this machine and itself
 
 
 # MERGE: the result is a folder that any program for language models can read.
-def load_tuned_model(base, adapter, command):
+def merge_adapter(base, adapter):
     """Return the base model with the adapter merged into it, and its tokenizer."""
-    from peft import PeftModel  # takes seconds to import
+    from peft import PeftConfig, PeftModel  # takes seconds to import
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        trained_on = config["base_model_name_or_path"]
-        if trained_on is None or ROOT / trained_on != base:
-            raise ValueError(f"it was trained on {trained_on}, not on {base}")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        return model, AutoTokenizer.from_pretrained(base)
-    except Exception as error:  # a missing or damaged folder, or an adapter of a different model
-        reason = str(error).partition("\n")[0]
-        sys.exit(f"Cannot merge {adapter}: {reason}. Make it with: {command}")
+    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if trained_on is None or ROOT / trained_on != base:
+        raise ValueError(f"it was trained on {trained_on}, not on {base}")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model, AutoTokenizer.from_pretrained(base)
 
 
 def save_model(model, tokenizer, folder):
@@ -84,21 +81,15 @@ def server_url(address):
     scheme, host, port, path = re.fullmatch(form, address.strip(" \"'")).groups("")
     if not port.isdecimal() or int(port) > 65535:
         port = {"http": 80, "https": 443}.get(scheme, 11434)
-    host = host.strip("[]") or "127.0.0.1"
     if ":" in host:  # IPv6
-        host = f"[{host}]"
-    return f"{scheme or 'http'}://{host}:{port}/{path}".rstrip("/")
+        host = f"[{host.strip('[]')}]"
+    return f"{scheme or 'http'}://{host or '127.0.0.1'}:{port}/{path}".rstrip("/")
 
 
-def call_server(url, **content):
-    """Return the server's answer to a request, or stop with a sentence."""
-    try:
-        method = SESSION.post if content else SESSION.get
-        response = method(url, timeout=(5, 300), **content)
-        answer = response.json() if response.content else {}
-    except requests.RequestException as error:
-        start = "Is Ollama running? Start it with: scripts/ollama.sh start"
-        sys.exit(f"No answer from {url} ({type(error).__name__}). {start}")
+def call_server(method, url, **content):
+    """Return the server's answer to a request, or stop with its error message."""
+    response = SESSION.request(method, url, timeout=(5, 300), **content)
+    answer = response.json() if response.content else {}
     if "error" in answer:
         sys.exit(f"The server answers: {answer['error']!r}")
     return answer
@@ -111,61 +102,43 @@ def create_model(url, name, files, **settings):
         data = path.read_bytes()  # once, because a second run may replace the file
         digests[path.name] = f"sha256:{hashlib.sha256(data).hexdigest()}"
         blob = f"{url}/api/blobs/{digests[path.name]}"
-        if SESSION.head(blob, timeout=5).status_code != 200:
-            call_server(blob, data=data)
-    call_server(
-        f"{url}/api/create", json={"model": name, "files": digests, "stream": False, **settings}
-    )
+        if not SESSION.head(blob, timeout=5).ok:
+            call_server("POST", blob, data=data)
+    request = {"model": name, "files": digests, "stream": False, **settings}
+    call_server("POST", f"{url}/api/create", json=request)
 
 
 # COMPARE: the most likely answer of each program to each question.
-def answer_in_torch(model, tokenizer, question):
-    messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    written = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
-    answer = written[0, prompt["input_ids"].shape[1] :]
-    return tokenizer.decode(answer, skip_special_tokens=True)
-
-
-def ask_ollama(url, name, question):
-    request = {"model": name, "stream": False, "truncate": False}
-    request["messages"] = [{"role": "user", "content": question}]
-    request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": LENGTH}
-    answer = call_server(f"{url}/api/chat", json=request)
-    return answer["message"]["content"], answer["done"]
-
-
 def choose_questions():
     """Return eight learned terms in words that were not learned, and eight terms never seen."""
     with (ROOT / "data/qa.jsonl").open(encoding="utf-8-sig") as file:
         rows = [json.loads(line) for line in file if line.strip()]
     learned = [row["questions"][-1] for row in rows if row["split"] == "train"]
     unseen = [row["questions"][0] for row in rows if row["split"] == "test"]
-    step = len(learned) // 8
-    return {"Learned terms, in new words": learned[::step][:8], "Terms never seen": unseen[:8]}
+    return {"Learned terms, in new words": learned[::5][:8], "Terms never seen": unseen[:8]}
 
 
 def compare_answers(model, tokenizer, url, name, questions):
     """Print the answers of both programs. Return how many of them are equal."""
     equal = 0
     for question in questions:
-        ours = answer_in_torch(model, tokenizer, question)
-        theirs, complete = ask_ollama(url, name, question)
-        if not complete:  # the server ends an answer that repeats itself
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        written = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
+        answer = written[0, prompt["input_ids"].shape[1] :]
+        ours = tokenizer.decode(answer, skip_special_tokens=True)
+
+        request = {"model": name, "messages": messages, "stream": False}
+        request["options"] = {"num_predict": LENGTH}
+        answer = call_server("POST", f"{url}/api/chat", json=request)
+        theirs = answer["message"]["content"]
+        if not answer["done"]:  # the server ends an answer that repeats itself
             ours = ours[: len(theirs)]
         print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
         equal += ours == theirs
     return equal
-
-
-def show_commands(url, name):
-    message = {"role": "user", "content": "I do not understand dropout. Help me."}
-    request = json.dumps({"model": name, "stream": False, "messages": [message]})
-    print("Talk to your model:")
-    print(f'  ollama run {name} "{message["content"]}"')
-    print(f"  curl {url}/api/chat -d '{request}'")
 
 
 def main(quick=False):
@@ -174,21 +147,28 @@ def main(quick=False):
     warnings.simplefilter("ignore")  # peft uses names that transformers will change
     models = ROOT / ("models/quick" if quick else "models")
     folder = models / "my_tutor"
-    command = "uv run src/llm/07_finetune_lora.py" + (" --quick" if quick else "")
-    model, tokenizer = load_tuned_model(models / "smollm2", models / "smollm2_lora", command)
+    try:
+        model, tokenizer = merge_adapter(models / "smollm2", models / "smollm2_lora")
+    except Exception as error:  # a missing or damaged folder, or an adapter of a different model
+        command = "uv run src/llm/07_finetune_lora.py" + (" --quick" if quick else "")
+        sys.exit(f"Cannot merge {models / 'smollm2_lora'}: {error}. Make it with: {command}")
     save_model(model, tokenizer, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")  # the rounded weights
 
     url = server_url(os.environ.get("OLLAMA_HOST", ""))
-    version = call_server(f"{url}/api/version")["version"]
+    version = call_server("GET", f"{url}/api/version")["version"]
     name = NAME + ("-quick" if quick else "")
-    settings = {"template": TEMPLATE, "system": SYSTEM, "parameters": {"stop": STOP}}
+    settings = {"template": TEMPLATE, "system": SYSTEM, "parameters": PARAMETERS}
     create_model(url, name, sorted(folder.iterdir()), **settings)
     equal = 0
     for title, questions in choose_questions().items():
         print(f"{title}, in Ollama {version} at {url}:")
         equal += compare_answers(model, tokenizer, url, name, questions)
-    show_commands(url, name)
+    message = {"role": "user", "content": "I do not understand dropout. Help me."}
+    request = json.dumps({"model": name, "stream": False, "messages": [message]})
+    print("Talk to your model:")
+    print(f'  ollama run {name} "{message["content"]}"')
+    print(f"  curl {url}/api/chat -d '{request}'")
     print(f"Result: server = {version}, questions = 16, equal = {equal}")
 
 
@@ -199,7 +179,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         main(arguments.quick)
+    except (requests.RequestException, LookupError, TypeError) as error:
+        reason = type(error).__name__
+        sys.exit(f"No answer from Ollama ({reason}). Start it with: scripts/ollama.sh start")
     except (KeyboardInterrupt, OSError) as error:
         sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
-    except (LookupError, TypeError, ValueError) as error:
-        sys.exit(f"This is not an answer of Ollama: {error!r}")
