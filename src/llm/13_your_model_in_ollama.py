@@ -127,8 +127,8 @@ def compare_answers(model, tokenizer, url, name, questions):
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         written = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
-        answer = written[0, prompt["input_ids"].shape[1] :]
-        ours = tokenizer.decode(answer, skip_special_tokens=True)
+        count = prompt["input_ids"].shape[1]  # input_ids: [1, count]
+        ours = tokenizer.decode(written[0, count:], skip_special_tokens=True)
 
         request = {"model": name, "messages": messages, "stream": False}
         request["options"] = {"num_predict": LENGTH}
