@@ -227,7 +227,7 @@ def test_the_shares_of_all_processes_are_the_batch(processes, monkeypatch, ranks
 
 
 def test_averaged_gradients_of_the_shares_are_the_gradient_of_the_batch(processes, monkeypatch):
-    model, _ = processes.build("one process", torch.float64)
+    model, _ = processes.build("one process")
 
     def gradient(points, labels):
         return torch.autograd.grad(F.cross_entropy(model(points), labels), model.parameters())

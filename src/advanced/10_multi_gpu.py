@@ -13,8 +13,8 @@ import argparse
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
-from functools import partial
 from subprocess import PIPE, Popen
 
 import numpy as np
@@ -24,18 +24,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.benchmark import Timer
 
 # torchrun gives each process a number. Use one GPU for each process, or else no GPU.
 ENOUGH_GPUS = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if ENOUGH_GPUS else "cpu")
 WIDTH = 512
 STEPS = 40
-BATCH_SIZE = 32  # for each process
-TIMED_SIZE = 1024  # the batch of all processes together while we measure the time
-TIMED_STEPS = 10
-ROUNDS = 21
-METHODS = ["one process", "DDP", "FSDP2"]
+BATCH_SIZE = 512  # for each process
+METHODS = ["one process", "DDP", "FSDP2"]  # "one process" computes the whole batch, for comparison
 
 
 # LAUNCH: torchrun starts the processes and watches them. Each of them runs this file.
@@ -68,10 +64,10 @@ def take_share(method, step, count):
 
 
 # MODEL: one network. Older code uses nn.DataParallel instead; PyTorch recommends DDP.
-def build(method, dtype):
+def build(method):
     torch.manual_seed(0)  # the same first weights in each process
     layers = [nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(WIDTH, 10)).to(DEVICE, dtype)
+    model = nn.Sequential(*layers, nn.Linear(WIDTH, 10)).to(DEVICE, torch.float64)
     # README: start
     if method == "DDP":  # each process holds the whole model, and averages its gradients
         model = nn.parallel.DistributedDataParallel(model)
@@ -85,43 +81,28 @@ def build(method, dtype):
 
 
 # TRAIN: the same batches must give the same weights. In float64, rounding cannot hide a mistake.
-def train_step(model, optimizer, points, labels):
-    loss = F.cross_entropy(model(points), labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 def train(method, steps):
-    """Return the final weights in one row, and the bytes that this process holds."""
-    model, optimizer = build(method, torch.float64)
+    """Return the final weights in one row, the bytes that this process holds, and the speed."""
+    model, optimizer = build(method)
     batch_size = BATCH_SIZE * dist.get_world_size()
+    seconds = []
     for step in range(steps):
-        train_step(model, optimizer, *take_share(method, step, batch_size))
+        points, labels = take_share(method, step, batch_size)
+        start = time.perf_counter()
+        loss = F.cross_entropy(model(points), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
     weights = []
     held = 0
     for weight in model.parameters():
         for tensor in (weight, weight.grad, optimizer.state[weight]["momentum_buffer"]):
             held += tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
         weights.append(weight.full_tensor() if isinstance(weight, DTensor) else weight)
-    return nn.utils.parameters_to_vector(weights).detach(), held
-
-
-# MEASURE: the methods take turns, round by round, because a machine's speed changes (advanced/05).
-def measure(rounds):
-    """Return {method: [seconds per step]}; the others wait while one process works alone."""
-    timers = {}
-    for method in METHODS:
-        points, labels = take_share(method, 0, TIMED_SIZE)
-        call = partial(train_step, *build(method, torch.float32), points.float(), labels)
-        timers[method] = Timer("call()", globals={"call": call})
-    times = {method: [] for method in METHODS}
-    for _ in range(rounds):
-        for method, timer in timers.items():
-            dist.barrier()  # wait for all processes
-            if method != "one process" or dist.get_rank() == 0:
-                times[method].append(timer.timeit(TIMED_STEPS).mean)
-    return times
+    speed = batch_size / np.median(seconds)
+    return nn.utils.parameters_to_vector(weights).detach(), held, speed
 
 
 # WORK: what each process runs.
@@ -133,23 +114,20 @@ def work(quick):
     backend = "cpu:gloo,cuda:nccl" if ENOUGH_GPUS else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
     trained = {method: train(method, 5 if quick else STEPS) for method in METHODS}
-    times = measure(2 if quick else ROUNDS)
     if dist.get_rank() == 0:
-        show_methods(trained, times)
+        show_methods(trained)
     dist.destroy_process_group()
     os._exit(0)  # at once, because FSDP2 over gloo sometimes aborts while Python ends
 
 
-def show_methods(trained, times):
+def show_methods(trained):
     print(f"{dist.get_world_size()} processes on {DEVICE.type}, {BATCH_SIZE} points for each")
-    print("method       | difference | kB held | points/s (middle half of the rounds)")
+    print("method       | difference | kB held | points/s")
     differences = []
-    for method, (weights, held) in trained.items():
+    for method, (weights, held, speed) in trained.items():
         difference = (weights - trained["one process"][0]).abs().max().item()
         differences.append(difference)
-        slow, median, fast = TIMED_SIZE / np.percentile(times[method], [75, 50, 25])
-        speed = f"{median:8,.0f} ({slow:,.0f} to {fast:,.0f})"
-        print(f"{method:12} | {difference:10.1e} | {held / 1e3:7,.0f} | {speed}")
+        print(f"{method:12} | {difference:10.1e} | {held / 1e3:7,.0f} | {speed:8,.0f}")
     result = f"ddp_difference = {differences[1]:.9f}, fsdp_difference = {differences[2]:.9f}"
     print(f"Result: {result}", flush=True)
 
