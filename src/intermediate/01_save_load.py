@@ -120,12 +120,10 @@ def main(quick=False, file=None):
     resumed_losses = resumed.run(STEPS)
     print("Next losses without a stop:", losses[:3])
     print("Next losses when resumed:  ", resumed_losses[:3])
-
     save(training.model, models / "simplenet.pth")
     reloaded = load(SimpleNet().to(DEVICE), models / "simplenet.pth", lesson)
     error = predict(reloaded)
-    weights = training.model.state_dict()
-    same = all(torch.equal(weights[name], own) for name, own in reloaded.state_dict().items())
+    same = all(map(torch.equal, training.model.parameters(), reloaded.parameters()))
     words = f"reloaded = {WORDS[same]}, resumed = {WORDS[losses == resumed_losses]}"
     print(f"Result: {words}, largest_error = {error:.2f}")
 

@@ -86,9 +86,8 @@ def train_on_text(ids, vocab_size):
     head = nn.Linear(WIDTH, vocab_size)  # one logit for each word that could stand nearby
     model = nn.Sequential(embedding, head).to(DEVICE)
     batches = [(batch[:, 0], batch[:, 1]) for batch in pairs.split(BATCH_SIZE)]
-    loss = train(model, batches, F.cross_entropy)  # predict the neighbor from the word
+    train(model, batches, F.cross_entropy)  # predict the neighbor from the word
     # README: end
-    print(f"Loss of the last batch: {loss:.4f}")
     vectors = embedding.weight.detach()
     return vectors - vectors.mean(dim=0)  # what all words share tells nothing about one
 

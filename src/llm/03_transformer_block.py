@@ -113,18 +113,15 @@ def main(quick=False):
     print("Output shape:", block(x).shape)
     for name, parameter in block.named_parameters():
         print(f"  {name:24} {tuple(parameter.shape)}")
-    size = parameter_count(block)
-    twelve = parameter_count(nn.ModuleList(TransformerBlock(WIDTH, HIDDEN) for _ in range(12)))
-    print(f"One block has {size} parameters, and twelve have {twelve:,}")
     gpt2_small = show_published()
-
     steps = 20 if quick else STEPS
     print(f"A stack of {DEPTH} blocks after {steps} steps without a warm-up")
     after = train_stack(TransformerBlock, steps)
     print(f"  norm after the sum:   loss {after:.2f}")
     before = train_stack(PreNormBlock, steps)
     print(f"  norm before the part: loss {before:.2f}")
-    counts = f"block = {size:,}, twelve_blocks = {twelve:,}"
+    size = parameter_count(block)
+    counts = f"block = {size}, twelve_blocks = {12 * size:,}"
     losses = f"postnorm_loss = {after:.2f}, prenorm_loss = {before:.2f}"
     print(f"Result: {counts}, gpt2_small = {gpt2_small:,}, {losses}")
 

@@ -24,7 +24,6 @@ DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.de
 PROMPT = "def forward(self"
 LENGTHS = [32, 64, 128, 256]  # tokens in all; 256 is the context of llm/05
 ROUNDS = 5
-QUESTION = "What is machine learning?"
 NEW_TOKENS = 48  # that SmolLM2 writes
 
 
@@ -118,7 +117,7 @@ def main(quick=False):
     print(f"The cache holds {size / text.shape[1]:,.0f} bytes for each token")
 
     model, tokenizer = load_folder(models / "smollm2", "src/llm/06_pretrained_llm.py" + flag)
-    chat = [{"role": "user", "content": QUESTION}]
+    chat = [{"role": "user", "content": "What is machine learning?"}]
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     inputs = tokenizer.apply_chat_template(chat, **options).to(DEVICE)
     new = 8 if quick else NEW_TOKENS
