@@ -3,7 +3,7 @@
 Run:    uv run src/llm/11_lora_by_hand.py
 Needs:  models/smollm2/
 Makes:  nothing
-Expect: peft_difference <= 0.001, merged_difference <= 0.001, gpt2_rank_64 = 2,359,296
+Expect: merged_difference <= 0.001, gpt2_rank_64 = 2,359,296
 
 A matrix of 576 x 576 has 331,776 numbers. Two matrices of rank 8 have 9,216, and their product is
 as large as the first matrix. The rank limits what such a product can express.
@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -47,15 +46,13 @@ class LoRA(nn.Module):
 
 
 def insert_lora(model, rank, names):
-    """Return a frozen copy in which every layer of these names has a LoRA, and these LoRAs."""
+    """Return a frozen copy in which every layer of these names has a LoRA."""
     model = copy.deepcopy(model).requires_grad_(False)
-    added = []
     for parent in list(model.modules()):
         for name in names:
             if hasattr(parent, name):
-                added.append(LoRA(getattr(parent, name), rank))
-                setattr(parent, name, added[-1])
-    return model, added
+                setattr(parent, name, LoRA(getattr(parent, name), rank))
+    return model
 
 
 def count_trainable(model):
@@ -63,26 +60,13 @@ def count_trainable(model):
 
 
 @torch.no_grad()
-def compare_with_peft(base, ids, rank=8):
-    """Return how far peft's logits with the same A and B, and merged ones, are from ours."""
-    from peft import LoraConfig, get_peft_model
-
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # from inside peft
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=LAYERS)
-    theirs = get_peft_model(copy.deepcopy(base), config).eval()
-    others = [layer for layer in theirs.modules() if hasattr(layer, "lora_A")]
-    ours, added = insert_lora(base, rank, LAYERS)
-    for lora, other in zip(added, others, strict=True):
-        lora.B.normal_(std=0.02)
-        other.lora_A["default"].weight.copy_(lora.A)
-        other.lora_B["default"].weight.copy_(lora.B)
-    logits = ours(ids).logits
-    print(f"Random LoRAs change the logits by up to {(logits - base(ids).logits).abs().max():.2f}")
-    by_peft = (logits - theirs(ids).logits).abs().max().item()
-    for lora in added:  # merge: the sum goes into the weights, and the detour is empty
-        lora.layer.weight += SCALE * (lora.B @ lora.A)
-        lora.B.zero_()
-    return by_peft, (logits - ours(ids).logits).abs().max().item()
+def merge(model):
+    """Add every product to its layer's weights. The model is then as fast as before."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LoRA):
+                child.layer.weight += SCALE * (child.B @ child.A)
+                setattr(parent, name, child.layer)
 
 
 def load_folder(folder, lesson):
@@ -96,23 +80,15 @@ def load_folder(folder, lesson):
         sys.exit(f"Cannot load {folder} ({type(error).__name__}). Make it with: uv run {lesson}")
 
 
-# DATA: some questions of llm/07, one at a time, so that none needs padding.
-def read_examples(tokenizer):
-    """Return {part: [token ids and labels]}, to learn and for the two tests of llm/07."""
-    lines = (ROOT / "data/qa.jsonl").read_text(encoding="utf-8").strip().split("\n")
-    terms = [json.loads(line) for line in lines]
-    examples = {"learned": [], "unseen phrasings": [], "unseen terms": []}
-    for term in terms[:TERMS] + [term for term in terms if term["split"] == "test"]:
-        asked = {"learned": term["questions"][0], "unseen phrasings": term["questions"][-1]}
-        if term["split"] == "test":
-            asked = {"unseen terms": term["questions"][0]}
-        for part, question in asked.items():
-            chat = [{"role": "user", "content": question}]
-            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-            reply = tokenizer(term["answer"] + tokenizer.eos_token)["input_ids"]
-            labels = [-100] * len(prompt) + reply  # the loss counts the answer alone
-            examples[part].append(torch.tensor([prompt + reply, labels], device=DEVICE))
-    return examples
+# TRAIN: on one question at a time, so that none needs padding.
+def encode_term(tokenizer, term, number):
+    """Return a question about a term and its answer, [1, T]. The loss skips labels of -100."""
+    chat = [{"role": "user", "content": term["questions"][number]}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    reply = tokenizer(term["answer"] + tokenizer.eos_token)["input_ids"]
+    ids = torch.tensor([prompt + reply], device=DEVICE)
+    labels = torch.tensor([[-100] * len(prompt) + reply], device=DEVICE)
+    return {"input_ids": ids, "labels": labels}
 
 
 def train(model, examples, epochs):
@@ -120,8 +96,7 @@ def train(model, examples, epochs):
     optimizer = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.0)
     for _ in tqdm(range(epochs), leave=False, disable=None):
         for number in torch.randperm(len(examples)):
-            ids, labels = examples[number].split(1)  # [1, T] and [1, T]
-            loss = model(ids, labels=labels).loss
+            loss = model(**examples[number]).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -129,37 +104,40 @@ def train(model, examples, epochs):
 
 @torch.inference_mode()
 def evaluate(model, examples):
-    losses = []
-    for example in examples:
-        ids, labels = example.split(1)
-        losses.append(model(ids, labels=labels).loss)
-    return torch.stack(losses).mean().item()
+    return sum(model(**example).loss.item() for example in examples) / len(examples)
 
 
 def main(quick=False):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     lesson = "src/llm/06_pretrained_llm.py" + (" --quick" if quick else "")
-    folder = ROOT / ("models/quick/smollm2" if quick else "models/smollm2")
-    base, tokenizer = load_folder(folder, lesson)
-    torch.manual_seed(42)
-    ids = torch.arange(100, 164, device=DEVICE).unsqueeze(0)  # [1, 64], any tokens
-    by_peft, by_merging = compare_with_peft(base, ids)
-    print(f"peft's logits differ by {by_peft:.6f}, those of merged weights by {by_merging:.6f}")
-
-    examples = read_examples(tokenizer)
+    models = ROOT / ("models/quick" if quick else "models")
+    base, tokenizer = load_folder(models / "smollm2", lesson)
+    terms = [json.loads(line) for line in (ROOT / "data/qa.jsonl").open(encoding="utf-8")]
+    learned = [term for term in terms if term["split"] == "train"][:TERMS]
+    unseen = [term for term in terms if term["split"] == "test"]
+    examples = {
+        "learned": [encode_term(tokenizer, term, 0) for term in learned],
+        "unseen phrasings": [encode_term(tokenizer, term, -1) for term in learned],
+        "unseen terms": [encode_term(tokenizer, term, 0) for term in unseen],
+    }
     print(f"Rank | trained | loss: {' | '.join(examples)}")
     for rank in [0, *RANKS]:
         torch.manual_seed(42)
-        model, _ = insert_lora(base, rank, LAYERS)
+        model = insert_lora(base, rank, LAYERS)
         if rank:  # without a LoRA, there is nothing to train
             train(model, examples["learned"], epochs=1 if quick else EPOCHS)
         losses = " | ".join(f"{evaluate(model, part):.2f}" for part in examples.values())
         print(f"{rank:4} | {count_trainable(model):9,} | {losses}")
+    with torch.inference_mode():
+        before = model(**examples["unseen terms"][0]).logits[:, -1]  # of the next token
+        merge(model)
+        after = model(**examples["unseen terms"][0]).logits[:, -1]
+    difference = (after - before).abs().max().item()
     with torch.device("meta"):  # shapes without numbers: nothing is downloaded
-        gpt2, _ = insert_lora(GPT2LMHeadModel(GPT2Config()), 64, ["c_attn"])
-    differences = f"peft_difference = {by_peft:.7f}, merged_difference = {by_merging:.7f}"
-    print(f"Result: {differences}, gpt2_rank_64 = {count_trainable(gpt2):,}")
+        gpt2 = insert_lora(GPT2LMHeadModel(GPT2Config()), 64, ["c_attn"])
+    size = count_trainable(gpt2)
+    print(f"Result: merged_difference = {difference:.7f}, gpt2_rank_64 = {size:,}")
 
 
 if __name__ == "__main__":
