@@ -374,10 +374,10 @@ def test_a_restart_that_forgets_its_momentum_would_be_noticed(tmp_path):
                 assert lesson.resume(model, optimizer, tmp_path / "checkpoint.pth") == 10
                 if forget:
                     optimizer.state.clear()
-            lesson.train_step(model, optimizer, *lesson.make_points(step, 64))
+            lesson.train_step(model, optimizer, step, 64)
         ends.append(nn.utils.parameters_to_vector(model.parameters()))
     assert not math.isclose((ends[0] - ends[1]).abs().max().item(), 0, abs_tol=1e-6)
     undisturbed, optimizer = lesson.build_small()
     for step in range(15):
-        lesson.train_step(undisturbed, optimizer, *lesson.make_points(step, 64))
+        lesson.train_step(undisturbed, optimizer, step, 64)
     assert torch.equal(nn.utils.parameters_to_vector(undisturbed.parameters()), ends[0])

@@ -30,7 +30,7 @@ CHECKPOINT_EVERY = 5  # steps
 KILL_AFTER = 7  # steps, in each attempt
 
 
-# LAUNCH, STEP: as in advanced/10, on the CPU. A lost process has the same effect on GPUs.
+# LAUNCH: as in advanced/10, here on the CPU. A lost process has the same effect on GPUs.
 def launch(processes, *arguments, restarts=0):
     """Run this file under torchrun; return its exit code, its output and its errors."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -48,15 +48,11 @@ def launch(processes, *arguments, restarts=0):
     return torchrun.returncode, output.rstrip(), errors
 
 
-def make_points(step, count):
-    """Return the points [count, 64] and labels [count] of a step, the same in each process."""
+# STEP: the same points in each process, and of these the share of one process.
+def train_step(model, optimizer, step, count, rank=0, ranks=1):
     generator = torch.Generator().manual_seed(step)
-    points = torch.randn(count, 64, generator=generator, dtype=torch.float64)
-    return points, points[:, :10].argmax(dim=1)
-
-
-def train_step(model, optimizer, points, labels):
-    loss = F.cross_entropy(model(points), labels)
+    points = torch.randn(count, 64, generator=generator, dtype=torch.float64).chunk(ranks)[rank]
+    loss = F.cross_entropy(model(points), points[:, :10].argmax(dim=1))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -104,8 +100,7 @@ def work_until_killed(path):
         if rank == ranks - 1 and step == first + KILL_AFTER:
             print(f"  process {rank} is killed at step {step}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        points, labels = make_points(step, BATCH_SIZE * ranks)
-        train_step(parallel, optimizer, points.chunk(ranks)[rank], labels.chunk(ranks)[rank])
+        train_step(parallel, optimizer, step, BATCH_SIZE * ranks, rank, ranks)
         if rank == 0 and (step + 1) % CHECKPOINT_EVERY == 0:  # all processes have the same state
             save_state(model, optimizer, step + 1, path)
     dist.destroy_process_group()
@@ -114,7 +109,7 @@ def work_until_killed(path):
 def train_alone(model, optimizer, first, count):
     """Train from a step to the last one; return the weights in one row."""
     for step in range(first, STEPS):
-        train_step(model, optimizer, *make_points(step, count))
+        train_step(model, optimizer, step, count)
     return nn.utils.parameters_to_vector(model.parameters())
 
 

@@ -113,12 +113,11 @@ def answer(model, tokenizer, questions, **options):
     limit = getattr(model.config, "max_position_embeddings", math.inf)  # some models have none
     if start + LENGTH > limit:
         sys.exit(f"The model sees {limit} tokens. Give a --prompt shorter than {start} tokens.")
-    options["pad_token_id"] = tokenizer.pad_token_id
     ids = model.generate(**batch, max_new_tokens=LENGTH, **options)  # [N, start + LENGTH]
     return tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
 
 
-def show_answers(model, tokenizer, questions):
+def answer_questions(model, tokenizer, questions):
     """Return how many answers are the same in a batch as one by one."""
     print(f"Chat: {write_chat(tokenizer, questions[0])!r}")
     same = 0
@@ -153,7 +152,7 @@ def main(quick=False, model=None, prompt=QUESTIONS[0]):
         print(f"  {line} = {getattr(model.config, line, None)}\n    {meaning}")
     show_next_token(model, tokenizer)
     prompt = prompt.encode(errors="replace").decode()  # no half letters
-    same = show_answers(model, tokenizer, [prompt, *QUESTIONS[1:]])
+    same = answer_questions(model, tokenizer, [prompt, *QUESTIONS[1:]])
     print(f"Result: left_padded = {same}, {parameters}")
 
 
