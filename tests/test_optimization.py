@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_features_and_last_layer_are_the_whole_network(transfer):
     model = transfer.CNN().to(transfer.DEVICE)
     expected = model(images.to(transfer.DEVICE))
     backbone, layer = take_apart(model)
-    features = transfer.compute_features(backbone, images.to(transfer.DEVICE))
+    features = backbone(images.to(transfer.DEVICE))
     assert features.shape == (300, 64)
     assert not features.requires_grad
     torch.testing.assert_close(layer(features), expected, atol=1e-4, rtol=1e-3)
@@ -71,7 +72,7 @@ def test_stored_features_train_the_same_layer_as_the_frozen_network(transfer):
     backbone, _ = take_apart(transfer.CNN().to(transfer.DEVICE))
     layer = nn.Linear(64, 5, device=transfer.DEVICE)
     usual_layer = copy.deepcopy(layer)
-    features = transfer.compute_features(backbone, images)
+    features = backbone(images)
     for model, inputs in ((layer, features), (nn.Sequential(backbone, usual_layer), images)):
         torch.manual_seed(0)  # the same batches
         transfer.train(model, inputs, labels, epochs=3)
@@ -80,11 +81,16 @@ def test_stored_features_train_the_same_layer_as_the_frozen_network(transfer):
     assert (answers[0] == answers[1]).float().mean() >= 0.99
 
 
-def test_the_old_layer_is_asked_for_five_digits_only(transfer):
-    old = nn.Linear(64, 10)
-    nn.init.zeros_(old.weight)
-    old.bias.data = torch.tensor([0.0, 0, 0, 1, 0, 9, 9, 9, 9, 9])  # sure of 5 to 9, else of 3
-    assert transfer.evaluate(old, torch.rand(4, 64), torch.tensor([3, 3, 3, 0])) == 0.75
+@pytest.mark.parametrize("limit", [None, 7])
+def test_the_new_task_has_the_digits_below_classes_in_their_order(transfer, monkeypatch, limit):
+    digits = torch.arange(100) % 10
+    data = digits.to(torch.uint8).view(-1, 1, 1).expand(-1, 28, 28)  # an image shows its label
+    fake = SimpleNamespace(MNIST=lambda *_, **__: SimpleNamespace(data=data, targets=digits))
+    monkeypatch.setattr(transfer, "datasets", fake)
+    images, labels = transfer.load_classes(train=True, limit=limit)
+    assert labels.tolist() == ([0, 1, 2, 3, 4] * 10)[:limit]
+    assert images.shape == (len(labels), 1, 28, 28)
+    assert torch.equal((images[:, 0, 0, 0] * 255).round(), labels.float())
 
 
 @pytest.mark.parametrize("name", [TRANSFER, VERSIONS])

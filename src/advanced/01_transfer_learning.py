@@ -30,16 +30,12 @@ SEED = 42
 
 
 # DATA: the images of the new task, from the data set that the network already knows.
-def load_mnist(train):
-    """Return images [N, 1, 28, 28] in 0..1 and labels [N], on the device."""
+def load_classes(train, limit=None):
+    """Return images [N, 1, 28, 28] in 0..1 and labels [N] of the new task, on the device."""
     dataset = datasets.MNIST(ROOT / "data", train=train)
-    images = dataset.data.unsqueeze(1).to(DEVICE) / 255  # [N, 28, 28] -> [N, 1, 28, 28]
-    return images, dataset.targets.to(DEVICE)
-
-
-def keep_classes(images, labels, limit=None):
-    wanted = (labels < CLASSES).nonzero().flatten()[:limit]
-    return images[wanted], labels[wanted]
+    wanted = (dataset.targets < CLASSES).nonzero().flatten()[:limit]
+    images = dataset.data[wanted].unsqueeze(1).to(DEVICE) / 255  # [N, 28, 28] -> [N, 1, 28, 28]
+    return images, dataset.targets[wanted].to(DEVICE)
 
 
 # MODEL: the network of intermediate/02.
@@ -70,11 +66,6 @@ def load(model, path, lesson):
     return model.eval()
 
 
-# FEATURES: without its last layer, the network returns the 64 features of an image.
-def compute_features(backbone, images):
-    return torch.cat([backbone(chunk) for chunk in images.split(250)])  # [N, 64]
-
-
 # TRAIN: only the parameters that are not frozen get a gradient, so only they change.
 def train(model, inputs, labels, epochs):
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
@@ -90,32 +81,25 @@ def train(model, inputs, labels, epochs):
         print(f"Epoch {epoch}/{epochs} | Loss: {total_loss / len(batches):.4f}")
 
 
-# EVALUATE: the old layer also knows the digits 0 to 4. How good are its answers?
-def evaluate(layer, features, labels):
-    predicted = layer(features)[:, :CLASSES].argmax(dim=1)
-    return (predicted == labels).float().mean().item()
-
-
 def main(quick=False):
     torch.manual_seed(SEED)
     subprocess.run([sys.executable, ROOT / "scripts/get_data.py", "MNIST"], check=True)
-    images, labels = keep_classes(*load_mnist(train=True), limit=2000 if quick else None)
-    test_images, test_labels = keep_classes(*load_mnist(train=False))
+    images, labels = load_classes(train=True, limit=2000 if quick else None)
+    test_images, test_labels = load_classes(train=False)
     path = ROOT / ("models/quick" if quick else "models") / "mnist_cnn.pth"
     lesson = "src/intermediate/02_cnn.py" + (" --quick" if quick else "")
-    network = CNN().to(DEVICE, memory_format=torch.channels_last)  # the fastest layout here
-    model = load(network, path, lesson)
+    model = load(CNN().to(DEVICE, memory_format=torch.channels_last), path, lesson)
     epochs = 1 if quick else EPOCHS
 
     # README: start
     old_layer = model.fc2
     model.fc2 = nn.Identity()  # returns its input: the 64 features
     model.requires_grad_(False)  # freezes all layers that are left
-    test_features = compute_features(model, test_images)
+    test_features = torch.cat([model(chunk) for chunk in test_images.split(250)])  # [N, 64]
 
     new_layer = nn.Linear(64, CLASSES, device=DEVICE)
     start = time.perf_counter()
-    features = compute_features(model, images)
+    features = torch.cat([model(chunk) for chunk in images.split(250)])
     print(f"Images {list(images.shape)} -> features {list(features.shape)}, stored")
     train(new_layer, features, labels, epochs)
     seconds = time.perf_counter() - start
@@ -127,13 +111,14 @@ def main(quick=False):
     train(whole, images, labels, epochs)
     gain = (time.perf_counter() - start) / seconds
 
-    accuracy = evaluate(new_layer, test_features, test_labels)
-    old_accuracy = evaluate(old_layer, test_features, test_labels)
+    # The old layer also knows the digits 0 to 4, so we compare the two.
+    accuracy = (new_layer(test_features).argmax(dim=1) == test_labels).float().mean()
+    old_answers = old_layer(test_features)[:, :CLASSES].argmax(dim=1)
+    old_accuracy = (old_answers == test_labels).float().mean()
     print(f"Test accuracy: new layer {accuracy:.2%}, old layer {old_accuracy:.2%}")
-    trainable = sum(parameter.numel() for parameter in new_layer.parameters())
-    result = f"test_accuracy = {accuracy:.2%}, trainable = {trainable}"
-    source = (ROOT / "data/MNIST/SOURCE").read_text()
-    print(f"Result: {result}, gain_over_frozen = {gain:.2f}, data = {source}")
+    count = sum(parameter.numel() for parameter in new_layer.parameters())
+    result = f"test_accuracy = {accuracy:.2%}, trainable = {count}, gain_over_frozen = {gain:.2f}"
+    print(f"Result: {result}, data = {(ROOT / 'data/MNIST/SOURCE').read_text()}")
 
 
 if __name__ == "__main__":
