@@ -12,13 +12,12 @@ PyTorch stops with an error. A GPU also has to wait if the CPU prepares the imag
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import ToTensor
@@ -50,10 +49,9 @@ class MLP(nn.Module):
 def show_mistakes(images, labels):
     device = DEVICE if DEVICE.type != "cpu" else torch.device("meta")
     model = MLP().to(device)
-    logits = model(images.to(device))
     attempt("network not moved", MLP(), images.to(device))
     attempt("images not moved", model, images)
-    attempt("labels not moved", F.cross_entropy, logits, labels)
+    attempt("labels not moved", F.cross_entropy, model(images.to(device)), labels)
 
 
 def attempt(name, function, *arguments):
@@ -64,18 +62,6 @@ def attempt(name, function, *arguments):
 
 
 # LOADING: how many images per second reach the device?
-def measure(loader):  # the median of five epochs, after one that does not count
-    rates = []
-    for _ in range(6):
-        start = time.perf_counter()
-        for images, _ in loader:
-            images.to(DEVICE, non_blocking=loader.pin_memory)
-        if DEVICE.type != "cpu":  # wait until the GPU has finished
-            torch.accelerator.synchronize()
-        rates.append(len(loader.dataset) / (time.perf_counter() - start))
-    return median(rates[1:])
-
-
 def compare_loaders(tensors, pictures):
     workers = {"num_workers": WORKERS, "persistent_workers": WORKERS > 0}
     loaders = {
@@ -87,8 +73,11 @@ def compare_loaders(tensors, pictures):
     }
     if DEVICE.type == "cuda":  # memory that the GPU can copy from while Python goes on
         loaders["  and pin_memory"] = DataLoader(pictures, 512, pin_memory=True, **workers)
+    epoch = "for images, _ in loader: images.to(device, non_blocking=loader.pin_memory)"
     for name, loader in loaders.items():
-        print(f"  {name:26} {measure(loader):9,.0f} images/s")
+        timer = Timer(epoch, globals={"loader": loader, "device": DEVICE})
+        rate = len(loader.dataset) / timer.timeit(4).mean  # after two epochs that do not count
+        print(f"  {name:26} {rate:9,.0f} images/s")
 
 
 # TRAIN: the network is on the device already. The images and the labels follow, batch by batch.
@@ -121,19 +110,17 @@ def main(quick=False):
     tensors = TensorDataset(images, pictures.targets[:count])
     print(f"Training on {DEVICE}. If one of the three is not moved, PyTorch says:")
     show_mistakes(*tensors[:8])
-    print("How fast the images arrive:")
     sample = range(min(count, 10_000))
     compare_loaders(Subset(tensors, sample), Subset(pictures, sample))
     model = MLP().to(DEVICE)
     train(model, DataLoader(tensors, BATCH_SIZE, shuffle=True), epochs=1 if quick else EPOCHS)
 
     test_set = FashionMNIST(ROOT / "data", train=False)
-    labels = test_set.targets.to(DEVICE)  # to compare them with what is predicted on the device
     with torch.inference_mode():
-        predicted = model(test_set.data.unsqueeze(1).to(DEVICE) / 255).argmax(dim=1)
+        predicted = model(test_set.data.unsqueeze(1).to(DEVICE) / 255).argmax(dim=1).cpu()
     names = test_set.classes if source == "FashionMNIST" else "0123456789"
-    print(f"Sample: a test image shows {names[labels[0]]}, predicted: {names[predicted[0]]}")
-    accuracy = (predicted == labels).float().mean().item()
+    print(f"Sample: {names[test_set.targets[0]]}, predicted: {names[predicted[0]]}")
+    accuracy = (predicted == test_set.targets).float().mean().item()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"Result: test_accuracy = {accuracy:.2%}, parameters = {parameters:,}, data = {source}")
 
