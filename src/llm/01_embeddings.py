@@ -27,13 +27,11 @@ DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.de
 VOCABULARY = ["<pad>", "<unk>", "the", "cat", "dog", "sat", "on", "mat", "ran", "fast"]
 RELATED = [("cat", "dog"), ("sat", "ran"), ("the", "on")]
 UNRELATED = [("cat", "mat"), ("dog", "fast"), ("cat", "ran")]
-UNSEEN = [("dog", "cat"), ("sat", "dog")]  # the model is asked, but was never told
-ALIKE = """list tuple, int float, true false, first second, rows columns, minimum maximum,
-weight bias, mean variance, height width, input output, cpu cuda, encoder decoder"""
+ALIKE = """list tuple  int float  true false  first second  rows columns  minimum maximum
+weight bias  mean variance  height width  input output  cpu cuda  encoder decoder"""
 WIDTH = 64  # numbers per word
 WINDOW = 2  # how many places away a neighbor can be
 BATCH_SIZE = 4096
-LEARNING_RATE = 1e-2
 SEED = 42
 
 
@@ -43,7 +41,7 @@ def look_up(words, index):
 
 
 def train(model, batches, loss_function):
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for inputs, answers in tqdm(batches, leave=False, disable=None):  # a bar on a terminal
         loss = loss_function(model(inputs), answers)
         optimizer.zero_grad()
@@ -53,16 +51,18 @@ def train(model, batches, loss_function):
 
 
 # A TOY: are two words related? We judged six pairs, and the model learns our answers.
-def train_on_pairs(index):
-    words = RELATED + UNRELATED + UNSEEN
+def train_on_pairs():
+    index = {word: number for number, word in enumerate(VOCABULARY)}
+    sentence = ["the", "cat", "sat", "on", "the", "sofa"]
+    print(f"{sentence} -> {look_up(sentence, index).tolist()}")
+    words = [*RELATED, *UNRELATED, ("dog", "cat"), ("sat", "dog")]  # two pairs are not trained on
     pairs = torch.stack([look_up(pair, index) for pair in words])  # [8, 2]
-    answers = torch.tensor([1.0] * len(RELATED) + [0.0] * len(UNRELATED), device=DEVICE)
-    layers = [nn.Embedding(len(index), 4), nn.Flatten(), nn.Linear(8, 1), nn.Flatten(start_dim=0)]
-    model = nn.Sequential(*layers).to(DEVICE)  # [N, 2] -> [N, 2, 4] -> [N, 8] -> [N, 1] -> [N]
+    answers = torch.tensor([[1.0]] * len(RELATED) + [[0.0]] * len(UNRELATED), device=DEVICE)
+    model = nn.Sequential(nn.Embedding(len(index), 4), nn.Flatten(), nn.Linear(8, 1)).to(DEVICE)
     batches = [(pairs[: len(answers)], answers)] * 500  # all six pairs, 500 times
     loss = train(model, batches, F.binary_cross_entropy_with_logits)
-    for (first, second), probability in zip(words, model(pairs).sigmoid(), strict=True):
-        print(f"  {first} + {second}: related with probability {probability:.4f}")
+    for (first, second), logit in zip(words, model(pairs)[:, 0], strict=True):
+        print(f"  {first} + {second}: related with probability {logit.sigmoid():.4f}")
     return loss
 
 
@@ -92,51 +92,38 @@ def train_on_text(ids, vocab_size):
     return vectors - vectors.mean(dim=0)  # what all words share tells nothing about one
 
 
-# COMPARE: a cosine of 1 means the same direction, and 0 means that nothing is shared.
-def mean_cosine(vectors, pairs):  # [V, WIDTH], [P, 2]
-    return F.cosine_similarity(vectors[pairs[:, 0]], vectors[pairs[:, 1]]).mean().item()
-
-
-def show_nearest(vectors, words):
-    for word in ["list", "float", "maximum", "weight", "first"]:
-        cosines = F.cosine_similarity(vectors, vectors[words.index(word)], dim=-1)  # [V]
-        nearest = cosines.topk(6).indices[1:]  # the nearest is the word itself
-        print(f"  {word:8} is near {', '.join(words[number] for number in nearest)}")
-
-
 # PICTURE: the two directions in which the vectors differ most. A line joins each pair of ALIKE.
-def draw(vectors, words):  # [24, WIDTH]
+def draw(vectors):  # [24, WIDTH]
     _, _, directions = torch.pca_lowrank(vectors, q=2)
     points = (vectors @ directions).cpu().numpy()  # [24, 2]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    for first in range(0, len(words), 2):
-        axis.plot(*points[first : first + 2].T, marker="o")
-    for word, point in zip(words, points, strict=True):
+    axis.plot(*points.reshape(-1, 2, 2).T, marker="o")  # a line for each two points
+    for word, point in zip(ALIKE.split(), points, strict=True):
         axis.annotate(word, point, fontsize=8, xytext=(4, 4), textcoords="offset points")
     return figure
 
 
 def main(quick=False):
     torch.manual_seed(SEED)
-    index = {word: number for number, word in enumerate(VOCABULARY)}
-    sentence = ["the", "cat", "sat", "on", "the", "sofa"]
-    print(f"{sentence} -> {look_up(sentence, index).tolist()}")
-    pairs_loss = train_on_pairs(index)
-
+    pairs_loss = train_on_pairs()
     words = read_words()
     vocabulary = ["<unk>"] + [word for word, n in Counter(words).most_common() if n >= 20]
     print(f"Real text: {len(words):,} words, {len(vocabulary) - 1:,} of them in the vocabulary")
     index = {word: number for number, word in enumerate(vocabulary)}
     ids = look_up([word for word in words if word in index], index)
     vectors = train_on_text(ids[:20_000] if quick else ids, len(index))
-    show_nearest(vectors, vocabulary)
-    alike = re.findall("[a-z]+", ALIKE)
-    related = mean_cosine(vectors, look_up(alike, index).view(-1, 2))
-    random = mean_cosine(vectors, torch.randint(len(index), (2000, 2), device=DEVICE))
+    for word in ["list", "float", "maximum", "weight", "first"]:
+        cosines = F.cosine_similarity(vectors, vectors[index[word]], dim=-1)  # [V]
+        nearest = cosines.topk(6).indices[1:]  # the nearest is the word itself
+        print(f"  {word:8} is near {', '.join(vocabulary[number] for number in nearest)}")
+    alike = vectors[look_up(ALIKE.split(), index)]  # [24, WIDTH]
+    related = F.cosine_similarity(alike[0::2], alike[1::2]).mean()  # 1: the same direction
+    pairs = vectors[torch.randint(len(index), (2000, 2), device=DEVICE)]  # [2000, 2, WIDTH]
+    random = F.cosine_similarity(pairs[:, 0], pairs[:, 1]).mean()
     plots = ROOT / ("models/quick/plots" if quick else "models/plots")
     plots.mkdir(parents=True, exist_ok=True)
-    draw(vectors[look_up(alike, index)], alike).savefig(plots / "llm-01_embeddings.png")
+    draw(alike).savefig(plots / "llm-01_embeddings.png")
     result = f"pairs_loss = {pairs_loss:.4f}, related_cosine = {related:.2f}"
     print(f"Result: {result}, random_cosine = {random:.3f}")
 

@@ -40,11 +40,6 @@ def to_ids(text):
     return torch.tensor([characters.index(character) for character in text], device=DEVICE)
 
 
-def to_text(ids):
-    characters = sorted(set(TEXT))
-    return "".join(characters[number] for number in ids)
-
-
 # MODEL: blocks as in llm/03, between the embeddings and a last layer.
 class MiniBlock(nn.Module):
     def __init__(self, width, hidden):
@@ -68,8 +63,7 @@ class MiniGPT(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.pos_embedding = nn.Embedding(max_seq_len, embed_dim)  # attention ignores the order
-        blocks = [MiniBlock(embed_dim, ff_dim) for _ in range(num_blocks)]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*(MiniBlock(embed_dim, ff_dim) for _ in range(num_blocks)))
         self.head = nn.Linear(embed_dim, vocab_size)
 
     def forward(self, ids):  # [N, T]
@@ -105,12 +99,8 @@ def generate(model, prompt, length, temperature):
         logits = model(ids[:, -CONTEXT:])[:, -1]  # [1, vocab_size]
         probabilities = F.softmax(logits / temperature, dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
-    return to_text(ids[0].tolist())
-
-
-def share_of_known_words(text):
-    words = text.split()[:-1]  # the last word can be cut off
-    return sum(word in TEXT.split() for word in words) / max(1, len(words))
+    characters = sorted(set(TEXT))
+    return "".join(characters[number] for number in ids[0].tolist())
 
 
 def main(quick=False, prompt=None):
@@ -129,8 +119,9 @@ def main(quick=False, prompt=None):
     for temperature in [TEMPERATURE, 1.0, 2.0]:
         print(f"Temperature {temperature}: {generate(model, prompt, 60, temperature)!r}")
     text = generate(model, prompt, 60 if quick else 600, TEMPERATURE)
+    words = text.split()[:-1]  # the last word can be cut off
+    known = sum(word in TEXT.split() for word in words) / max(1, len(words))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    known = share_of_known_words(text)
     print(f"Result: loss = {loss:.4f}, parameters = {parameters:,}, known_words = {known:.2%}")
 
 
@@ -140,7 +131,4 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="a short test: 100 steps")
     parser.add_argument("--prompt", help="the text to continue (the first characters of TEXT)")
     arguments = parser.parse_args()
-    try:
-        main(arguments.quick, arguments.prompt)
-    except KeyboardInterrupt:
-        sys.exit("Stopped.")
+    main(arguments.quick, arguments.prompt)
