@@ -5,13 +5,11 @@ Needs:  a running Ollama (scripts/ollama.sh start)
 Makes:  nothing
 Expect: messages = 6
 
-A script loads a model, answers and ends. A server loads the model once and then answers every
-program that asks over HTTP, token by token. The server remembers nothing between two requests.
-A conversation is a list of messages that your program keeps and sends with every question.
+A server loads a model once, then answers every program that asks over HTTP. The server remembers
+nothing between two requests. Your program keeps the conversation and sends it with every question.
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -50,14 +48,12 @@ def stream(url, **content):
             for line in response.iter_lines():
                 part = json.loads(line)
                 if "error" in part:  # at the beginning, or after half an answer
-                    error = printable(part["error"])
-                    if "not found" in error:
-                        error += ". Download it with: scripts/ollama.sh pull MODEL"
+                    advice = "not found. Download it with: scripts/ollama.sh pull MODEL"
+                    error = printable(part["error"]).replace("not found", advice)
                     sys.exit(f"\nThe server answers: {error}")
                 yield part
-    except requests.RequestException as error:
-        start = "Is Ollama running? Start it with: scripts/ollama.sh start"
-        sys.exit(f"\nNo answer from {url} ({type(error).__name__}). {start}")
+    except requests.RequestException:
+        sys.exit(f"\nNo answer from {url}. Start Ollama with: scripts/ollama.sh start")
 
 
 def create_smollm2(url):
@@ -90,25 +86,23 @@ def chat(url, history, question, request):
         print(printable(text).replace("\n", "\n   "), end="", flush=True)
     # README: end
     read = part.get("prompt_eval_count", 0)
-    written = part.get("eval_count", 0)
     ends = {"stop": "complete", "length": "cut at the limit"}
     end = ends.get(part.get("done_reason"), "ended by the server, perhaps for repeating itself")
-    print(f"\n[{read} tokens read, {written} written, {end}]")
+    print(f"\n[{read} tokens read, {part.get('eval_count', 0)} written, {end}]")
 
 
 def converse(url, history, request):
-    """Ask what a person types. Ctrl-C ends an answer, Ctrl-D the conversation."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # else a terminal cuts a line at 4,095 characters
+    importlib.import_module("readline")  # else a terminal cuts a line at 4,095 characters
     print("Type your questions. Ctrl-C ends an answer, Ctrl-D the conversation.")
-    with contextlib.suppress(EOFError):
-        while True:
+    while True:
+        try:
             question = input("Q: ")
-            try:
-                if question.strip():
-                    chat(url, history, question, request)
-            except KeyboardInterrupt:
-                print("\n[stopped]")
+            if question.strip():
+                chat(url, history, question, request)
+        except KeyboardInterrupt:
+            print("\n[stopped]")
+        except EOFError:
+            return
 
 
 def main(quick=False, model=MODEL, prompt=None, interactive=False):
@@ -117,14 +111,11 @@ def main(quick=False, model=MODEL, prompt=None, interactive=False):
     version = printable(answer["version"])
     print(f"Server: Ollama {version} at {url}")
     [answer] = stream(f"{url}/api/tags")
-    names = []
+    names = [listed["name"] for listed in answer["models"]]
     for listed in answer["models"]:
-        names.append(listed["name"])
         print(f"  {printable(listed['name']):30s} | {listed['size'] / 1e9:.3f} GB")
     if model == MODEL and f"{MODEL}:latest" not in names:
         create_smollm2(url)
-    print(f"Loading {model}. A large model takes a minute.", flush=True)
-    list(stream(f"{url}/api/chat", json={"model": model}))  # without messages, it only loads
     request = {"model": model, "truncate": False, "think": False}
     history = []
     if interactive:
@@ -136,7 +127,7 @@ def main(quick=False, model=MODEL, prompt=None, interactive=False):
         for question in QUESTIONS:
             print("Q:", question)
             chat(url, history, question, request)
-    print(f"Result: server = {version}, messages = {len(history)}")
+    print(f"Result: server = {version}, messages = {len(history)}", flush=True)
 
 
 if __name__ == "__main__":
@@ -149,7 +140,6 @@ if __name__ == "__main__":
     parser.add_argument("--chat", dest="interactive", action="store_true", help="type questions")
     try:
         main(**vars(parser.parse_args()))
-        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("\nStopped. The server keeps running. Stop it with: scripts/ollama.sh stop")
     except BrokenPipeError:  # the reader, such as head, wants no more
