@@ -208,7 +208,8 @@ def versions(trained, tmp_path, monkeypatch):
     lesson.ROUNDS = 3
     lesson.CNN.__module__ = "__main__"  # TorchScript cannot read back a module name like 02_...
     lesson.folder = tmp_path
-    lesson.model = lesson.load(lesson.CNN().to(lesson.DEVICE), trained / "mnist_cnn.pth", "")
+    model = lesson.load(lesson.CNN().to(lesson.DEVICE), trained / "mnist_cnn.pth", "")
+    lesson.model = model.requires_grad_(False)
     images, labels = mnist_data()
     places = np.random.default_rng(0).permutation(5000)[:700]  # 512 and an odd rest
     images = torch.tensor(images[places], dtype=torch.float32).view(-1, 1, 28, 28) / 255
@@ -228,8 +229,8 @@ ALL += ["ONNX Runtime", "int8 torchao"]
 
 
 def test_every_version_is_tested(versions):
-    assert list(versions.ALLOWED) == ALL
-    assert {*versions.COMPILED, *versions.FILES} < set(ALL)
+    assert versions.VERSIONS == ALL
+    assert {*versions.ALLOWED, *versions.COMPILED, *versions.FILES} < set(ALL)
 
 
 @pytest.mark.parametrize("version", ALL)
@@ -248,11 +249,12 @@ def test_every_version_is_within_its_tolerance(versions, capsys, version):
 
 
 def test_a_version_that_cannot_run_says_why_in_its_row(versions, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delattr(versions.onnxruntime, "InferenceSession")
     assert measure(versions, "ONNX Runtime") is None
     row = capsys.readouterr().out
-    assert row.startswith("ONNX Runtime  | not run: ModuleNotFoundError")
-    assert "onnxruntime" in row
+    assert row.startswith("ONNX Runtime  | not run: AttributeError")
+    assert "InferenceSession" in row
+    assert len(row.splitlines()) == 1
 
 
 def change(model, name, edit):
@@ -316,7 +318,7 @@ def test_a_wrong_conversion_is_found_and_its_file_not_kept(versions, monkeypatch
     for version in ("channels_last", "bf16 autocast", "int8 torchao"):
         row = measure(versions, version)
         assert not row["is_right"], capsys.readouterr().out
-        assert row["speed"] == "not measured"
+        assert row["speeds"] == ["not measured"]
         assert "WRONG" in capsys.readouterr().out
     assert old.read_bytes() == b"the right one"
     assert list(versions.folder.iterdir()) == [old]
@@ -370,7 +372,7 @@ def test_a_version_is_timed_in_turn_with_eager_on_its_own_device(versions, monke
         return {"eager": [2e-3] * 5, "version": [1e-3] * 5}
 
     monkeypatch.setattr(versions, "time_in_turn", time_in_turn)
-    assert measure(versions, "ONNX Runtime")["speed"] == "2.00 to 2.00"
+    assert measure(versions, "ONNX Runtime")["speeds"] == ["2.00 to 2.00"] * 2
     assert seen == [{"eager": "cpu", "version": "cpu"}] * 2
 
 
@@ -382,7 +384,8 @@ def test_wrong_versions_are_counted(versions, monkeypatch, capsys, trained):
     shutil.copy(trained / "mnist_cnn.pth", models)
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: None)
     sabotage(versions, monkeypatch, lambda model: None)
-    versions.ALLOWED = {"eager": 1e-4, "channels_last": -1.0, "bf16 autocast": 5e-3}
+    versions.VERSIONS = ["eager", "channels_last", "bf16 autocast"]
+    versions.ALLOWED["channels_last"] = -1.0
     versions.main(quick=True)
     assert "Result: versions = 3, wrong = 1, worst_accuracy = " in capsys.readouterr().out
 
@@ -504,18 +507,27 @@ def test_odd_sizes_are_no_trouble(lesson, shape):
     assert fitted(lesson, image[None]).shape == (28, 28)
 
 
-def test_an_mnist_image_stays_as_it_is_in_both_colors(lesson):
-    torch.manual_seed(0)
-    image = F.pad(torch.rand(20, 20), (4, 4, 4, 4))
-    image = (image - image.min()) / (image.max() - image.min())
-    torch.testing.assert_close(fitted(lesson, image), image)
-    torch.testing.assert_close(fitted(lesson, 1 - image), image)
+def test_a_prepared_image_stays_as_it_is_in_both_colors(lesson, seven):
+    image = fitted(lesson, seven)
+    torch.testing.assert_close(fitted(lesson, image), image, atol=0.02, rtol=0)
+    torch.testing.assert_close(fitted(lesson, 1 - image), image, atol=0.02, rtol=0)
 
 
-def test_real_digits_pass_unchanged(lesson):
+def test_real_digits_hardly_change(lesson):
     for image in torch.tensor(mnist_data()[0][::10]).view(-1, 1, 28, 28) / 255:
-        picture = fitted(lesson, image)
-        assert (picture - image[0]).abs().max() < 0.05, "not all have a pixel of full ink"
+        change = (fitted(lesson, image) - image[0]).abs()
+        assert change.mean() < 0.02
+
+
+@pytest.mark.parametrize(("gap", "several"), [(4, False), (30, True), (100, True)])
+def test_two_digits_are_refused_if_there_is_a_gap(lesson, seven, gap, several):
+    page = np.hstack([seven[:, 6:34], np.zeros((60, gap), np.uint8), seven[:, 6:34]])
+    page = np.pad(255 - page, 40, constant_values=255)
+    if several:
+        with pytest.raises(ValueError, match="several digits"):
+            fitted(lesson, page)
+    else:
+        assert fitted(lesson, page).shape == (28, 28)
 
 
 # INFERENCE: a bad image is named, and the others are answered.
