@@ -53,15 +53,9 @@ def read_texts(corpus):
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE like GPT-2's: it starts from the 256 bytes, so it can write any text."""
-    tokenizer = ByteLevelBPETokenizer()
+    tokenizer = ByteLevelBPETokenizer()  # starts from the 256 bytes, so it can write any text
     tokenizer.train_from_iterator(texts, VOCABULARY, special_tokens=[END], show_progress=False)
     return Tokenizer.from_str(tokenizer.to_str())
-
-
-def encode_texts(tokenizer, texts):
-    """Return all texts as one row of token ids, with END after each text."""
-    return torch.tensor(tokenizer.encode(END.join([*texts, ""])).ids)
 
 
 # MODEL: GPT-2 (Radford et al. 2019). Each head attends with its own part of the vectors.
@@ -112,8 +106,7 @@ class GPT2(nn.Module):
 
     def forward(self, ids):  # [N, T]
         x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]  # [N, T, WIDTH]
-        x = self.ln_f(self.h(x))
-        return F.linear(x, self.wte.weight)  # weight tying: wte also computes the logits
+        return F.linear(self.ln_f(self.h(x)), self.wte.weight)  # wte computes the logits, too
 
 
 def language_loss(model, windows):
@@ -156,15 +149,15 @@ def train(model, tokenizer, tokens, validation, steps):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
+            losses.append(loss.detach())  # as a number, it would make Python wait for the GPU
             if step % every == 0:
                 checks[step] = evaluate(model, validation)
-                recent = sum(losses[-every:]) / every
+                recent = sum(loss.item() for loss in losses[-every:]) / every
                 report = f"train loss {recent:.4f} | validation loss {checks[step]:.4f}"
                 tqdm.write(f"Step {step} | {report} | {generate(model, tokenizer)!r}")
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C. Saving the model that you have so far.")
-    return losses, checks
+    return [loss.item() for loss in losses], checks
 
 
 def draw(losses, checks):
@@ -178,21 +171,18 @@ def draw(losses, checks):
 
 # EXPORT: a Hugging Face folder. Its files replace the old ones when all of them are complete.
 def export(model, tokenizer, folder, part):
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, logging  # takes seconds
+    from transformers import GPT2Config, GPT2LMHeadModel  # takes seconds
 
-    logging.disable_progress_bar()
     config = GPT2Config(n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)
     config.vocab_size = tokenizer.get_vocab_size()
     config.bos_token_id = config.eos_token_id = tokenizer.token_to_id(END)
     theirs = GPT2LMHeadModel(config)
-    weights = model.cpu().state_dict()
-    for name, weight in weights.items():
-        if name.startswith("h.") and weight.dim() == 2:  # their Conv1D is a transposed Linear
-            weights[name] = weight.T
-    theirs.transformer.load_state_dict(weights)
-    tokenizer = GPT2Tokenizer(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+    weights = theirs.transformer.state_dict()
+    for name, weight in model.state_dict().items():
+        transpose = name.startswith("h.") and weight.dim() == 2  # Conv1D is a transposed Linear
+        weights[name].copy_(weight.T if transpose else weight)
     theirs.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    Path(part, "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     for file in Path(part).iterdir():
         file.replace(folder / file.name)
     print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
@@ -206,25 +196,22 @@ def main(quick=False, corpus=None):
     held_out = texts[::20]
     del texts[::20]
     tokenizer = train_tokenizer(texts)
-    tokens = encode_texts(tokenizer, texts)
-    validation = encode_texts(tokenizer, held_out)
+    tokens = torch.tensor(tokenizer.encode(END.join(texts) + END).ids)  # END follows each text
+    validation = torch.tensor(tokenizer.encode(END.join(held_out) + END).ids)
     print(f"{len(tokens):,} tokens to train on, {len(validation):,} to validate on")
     if min(len(tokens), len(validation)) <= CONTEXT:
         sys.exit(f"The corpus is too short: each part needs more than CONTEXT = {CONTEXT} tokens.")
     model = GPT2(tokenizer.get_vocab_size()).to(DEVICE)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
-
     models = ROOT / ("models/quick" if quick else "models")
     folder = models / "gpt2_mini"
     folder.mkdir(parents=True, exist_ok=True)
     steps = 16 if quick else STEPS
     with TemporaryDirectory(dir=folder, suffix=".part") as part:  # fails now if it cannot write
         losses, checks = train(model, tokenizer, tokens, validation, steps)
-        loss = evaluate(model, validation)
         export(model, tokenizer, folder, part)
     (models / "plots").mkdir(exist_ok=True)
     draw(losses, checks).savefig(models / "plots/llm-05_pretrain_gpt2.png")
-    print(f"Result: validation_loss = {loss:.4f}")
+    print(f"Result: validation_loss = {evaluate(model, validation):.4f}")
     if len(losses) < steps:
         sys.exit(f"Stopped after {len(losses)} of {steps} steps.")
 
