@@ -5,10 +5,9 @@ Needs:  models/gpt2_mini/ (and a running Ollama, for the comparison)
 Makes:  models/ollama/my_gpt2.gguf, models/ollama/my_gpt2_q8_0.gguf, models/ollama/Modelfile
 Expect: agreement >= 95%, q8_0_bytes <= 2,000,000
 
-A GGUF file holds everything that a program needs to run a model: sizes, tokenizer and weights.
-llama.cpp, the engine in Ollama, reads the file without Python. If one matrix is transposed or one
-token has the wrong type, the model writes nonsense, and no error message says so. Therefore PyTorch
-and Ollama continue the same texts, and the lesson compares their tokens.
+A GGUF file holds everything that llama.cpp, the engine in Ollama, needs to run a model: sizes,
+tokenizer and weights. If one matrix is transposed, the model writes nonsense, and no error message
+says so. Therefore PyTorch and Ollama continue the same texts, and the lesson compares their tokens.
 """
 
 import argparse
@@ -22,13 +21,7 @@ import gguf
 import requests
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = [
-    "def forward(self",
-    "class Linear(",
-    "raise ValueError(",
-    "if not isinstance(",
-    "import torch",
-]
+PROMPTS = ["def forward(self", "class Linear(", "raise ValueError(", "if x is None", "import torch"]
 LENGTH = 24  # the most tokens that follow a prompt. Ollama ends a text that repeats 30 tokens
 SESSION = requests.Session()
 SESSION.trust_env = False  # no proxy between this machine and itself
@@ -44,18 +37,15 @@ def add_header(writer, config, tokenizer, form):
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-
-    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
     types = [gguf.TokenType.NORMAL] * config.vocab_size
     for number, added in tokenizer.added_tokens_decoder.items():
         # CONTROL: a signal such as <|endoftext|>, never a part of the text
         types[number] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")  # how a text is split into words before the merges
-    writer.add_token_list(tokens)
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(config.vocab_size)))
     writer.add_token_types(types)
     writer.add_add_bos_token(False)
-    # the merges, and the numbers of special tokens, such as the one that ends a text
     gguf.SpecialVocab(tokenizer.name_or_path, load_merges=True).add_to_gguf(writer)
 
 
@@ -79,11 +69,14 @@ def write_gguf(path, model, tokenizer, form):
     writer = gguf.GGUFWriter(part, "gpt2")
     add_header(writer, model.config, tokenizer, form)
     add_tensors(writer, model, form)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part.replace(path)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
 
 
@@ -134,22 +127,20 @@ def ask_torch(model, tokenizer, prompt):
 
 def measure_agreement(url, name, tokenizer, texts):
     """Let Ollama continue the texts. Return the share of tokens that are PyTorch's."""
-    request = {"model": name, "raw": True, "stream": False}
-    request["options"] = {"temperature": 0, "repeat_penalty": 1, "num_predict": LENGTH}
+    greedy = {"temperature": 0, "repeat_penalty": 1, "num_predict": LENGTH}
     same = 0
     total = 0
     for prompt, ours in texts.items():
-        request["prompt"] = prompt
+        request = {"model": name, "prompt": prompt, "raw": True, "stream": False, "options": greedy}
         theirs = call_server("POST", f"{url}/api/generate", json=request)["response"]
         print(f"{prompt!r}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
         whole, incomplete, rest = ours.partition("\ufffd")
         if incomplete:  # a part of a letter, which Ollama leaves out
             print(f"  Not compared: {incomplete + rest!r}")
             theirs = theirs[: len(whole)]
-        first = tokenizer.encode(whole)
-        second = tokenizer.encode(theirs)
-        same += len(os.path.commonprefix([first, second]))
-        total += max(len(first), len(second))
+        pair = [tokenizer.encode(whole), tokenizer.encode(theirs)]
+        same += len(os.path.commonprefix(pair))
+        total += len(max(pair, key=len))
     return f"{same / total:.2%}" if total >= 20 else "not measured"
 
 
@@ -163,7 +154,6 @@ def main(quick=False):
     except Exception as error:  # no folder, or damaged files
         command = "uv run src/llm/05_pretrain_gpt2.py" + (" --quick" if quick else "")
         sys.exit(f"Cannot load {models / 'gpt2_mini'}: {error}. Make it with: {command}")
-    print(f"{model.num_parameters():,} parameters")
     files = {"F32": models / "ollama/my_gpt2.gguf", "Q8_0": models / "ollama/my_gpt2_q8_0.gguf"}
     (models / "ollama").mkdir(parents=True, exist_ok=True)
     for form, path in files.items():
@@ -173,17 +163,15 @@ def main(quick=False):
     url = server_url(os.environ.get("OLLAMA_HOST", ""))
     version = call_server("GET", f"{url}/api/version")["version"]
     texts = {prompt: ask_torch(model, tokenizer, prompt) for prompt in PROMPTS}
-    shares = {}
+    result = f"Result: server = {version}"
     for form, path in files.items():
         print(f"{form}, in Ollama {version} at {url}:")
         name = path.stem.replace("_", "-") + ("-quick" if quick else "")
         create_model(url, name, [path], template="{{ .Prompt }}")
-        shares[form] = measure_agreement(url, name, tokenizer, texts)
-    large, small = (path.stat().st_size for path in files.values())
-    print(
-        f"Result: server = {version}, bytes = {large:,}, agreement = {shares['F32']}, "
-        f"q8_0_bytes = {small:,}, q8_0_agreement = {shares['Q8_0']}"
-    )
+        share = measure_agreement(url, name, tokenizer, texts)
+        prefix = "q8_0_" if form == "Q8_0" else ""
+        result += f", {prefix}bytes = {path.stat().st_size:,}, {prefix}agreement = {share}"
+    print(result)
 
 
 if __name__ == "__main__":
@@ -193,7 +181,6 @@ if __name__ == "__main__":
     try:
         main(arguments.quick)
     except (requests.RequestException, LookupError, TypeError) as error:
-        reason = type(error).__name__
-        sys.exit(f"No answer from Ollama ({reason}). Start it with: scripts/ollama.sh start")
+        sys.exit(f"No answer from Ollama. Start it with: scripts/ollama.sh start ({error!r})")
     except (KeyboardInterrupt, OSError) as error:
         sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")

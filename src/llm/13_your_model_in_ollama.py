@@ -24,7 +24,6 @@ import requests
 from tokenizers import Regex, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME = "my-tutor"  # the model's name in Ollama
 LENGTH = 60  # the most tokens in an answer
 ROPE_THETA_ON_TOP = True  # False: as transformers writes it, where Ollama does not look
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -32,9 +31,8 @@ TEMPLATE = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """  # the chat format of SmolLM2, in the language of Ollama's templates
-# By itself, Ollama draws each token at random and avoids tokens that were written before. With
-# these values it takes the most likely one, so a definition comes word for word more often.
-PARAMETERS = {"temperature": 0, "repeat_penalty": 1, "stop": ["<|im_start|>", "<|im_end|>"]}
+# Without these settings, Ollama draws each token at random and avoids tokens written before.
+SETTINGS = {"temperature": 0, "repeat_penalty": 1, "stop": ["<|im_start|>", "<|im_end|>"]}
 WORDS = (  # Qwen2's rule to split a text into words. Ollama knows this rule, not SmolLM2's own
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -118,32 +116,23 @@ def choose_questions():
     return {"Learned terms, in new words": learned[::5][:8], "Terms never seen": unseen[:8]}
 
 
-def compare_answers(model, tokenizer, url, name, questions):
-    """Print the answers of both programs. Return how many of them are equal."""
-    equal = 0
-    for question in questions:
-        messages = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        written = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
-        count = prompt["input_ids"].shape[1]  # input_ids: [1, count]
-        ours = tokenizer.decode(written[0, count:], skip_special_tokens=True)
+def answers_agree(model, tokenizer, url, name, question):
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
+    count = prompt["input_ids"].shape[1]  # input_ids: [1, count]
+    ours = tokenizer.decode(written[0, count:], skip_special_tokens=True)
 
-        request = {"model": name, "messages": messages, "stream": False}
-        request["options"] = {"num_predict": LENGTH}
-        answer = call_server("POST", f"{url}/api/chat", json=request)
-        theirs = answer["message"]["content"]
-        if not answer["done"]:  # the server ends an answer that repeats itself
-            ours = ours[: len(theirs)]
-        print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
-        equal += ours == theirs
-    return equal
+    request = {"model": name, "messages": chat, "stream": False, "options": {"num_predict": LENGTH}}
+    answer = call_server("POST", f"{url}/api/chat", json=request)
+    theirs = answer["message"]["content"]
+    if not answer["done"]:  # the server ends an answer that repeats itself
+        ours = ours[: len(theirs)]
+    print(f"{question}\n  PyTorch: {ours!r}\n  Ollama:  {theirs!r}")
+    return ours == theirs
 
 
 def main(quick=False):
-    from transformers import AutoModelForCausalLM
-
     warnings.simplefilter("ignore")  # peft uses names that transformers will change
     models = ROOT / ("models/quick" if quick else "models")
     folder = models / "my_tutor"
@@ -153,22 +142,21 @@ def main(quick=False):
         command = "uv run src/llm/07_finetune_lora.py" + (" --quick" if quick else "")
         sys.exit(f"Cannot merge {models / 'smollm2_lora'}: {error}. Make it with: {command}")
     save_model(model, tokenizer, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")  # the rounded weights
+    model = type(model).from_pretrained(folder, dtype="float32")  # the rounded weights
 
     url = server_url(os.environ.get("OLLAMA_HOST", ""))
     version = call_server("GET", f"{url}/api/version")["version"]
-    name = NAME + ("-quick" if quick else "")
-    settings = {"template": TEMPLATE, "system": SYSTEM, "parameters": PARAMETERS}
-    create_model(url, name, sorted(folder.iterdir()), **settings)
+    name = "my-tutor-quick" if quick else "my-tutor"
+    create_model(url, name, folder.iterdir(), template=TEMPLATE, system=SYSTEM, parameters=SETTINGS)
     equal = 0
     for title, questions in choose_questions().items():
         print(f"{title}, in Ollama {version} at {url}:")
-        equal += compare_answers(model, tokenizer, url, name, questions)
-    message = {"role": "user", "content": "I do not understand dropout. Help me."}
-    request = json.dumps({"model": name, "stream": False, "messages": [message]})
-    print("Talk to your model:")
-    print(f'  ollama run {name} "{message["content"]}"')
-    print(f"  curl {url}/api/chat -d '{request}'")
+        for question in questions:
+            equal += answers_agree(model, tokenizer, url, name, question)
+    words = "I do not understand dropout. Help me."
+    request = {"model": name, "stream": False, "messages": [{"role": "user", "content": words}]}
+    print(f'Talk to your model:\n  ollama run {name} "{words}"')
+    print(f"  curl {url}/api/chat -d '{json.dumps(request)}'")
     print(f"Result: server = {version}, questions = 16, equal = {equal}")
 
 
@@ -180,7 +168,6 @@ if __name__ == "__main__":
     try:
         main(arguments.quick)
     except (requests.RequestException, LookupError, TypeError) as error:
-        reason = type(error).__name__
-        sys.exit(f"No answer from Ollama ({reason}). Start it with: scripts/ollama.sh start")
+        sys.exit(f"No answer from Ollama. Start it with: scripts/ollama.sh start ({error!r})")
     except (KeyboardInterrupt, OSError) as error:
         sys.exit(f"Stopped: {error!r}. Finished files are unchanged.")
