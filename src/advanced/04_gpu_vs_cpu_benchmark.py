@@ -28,11 +28,10 @@ BATCHES = [1, 2, 8, 32, 128, 512]
 ROUNDS = 21
 
 # SETUP: the two competitors, {name: (device, threads of the CPU)}.
-CPU = torch.device("cpu")
 THREADS = torch.get_num_threads()
-SIDES = {"CPU": (CPU, THREADS), "GPU": (DEVICE, THREADS)}
+SIDES = {"CPU": ("cpu", THREADS), "GPU": (DEVICE, THREADS)}
 if DEVICE.type == "cpu":
-    SIDES = {"1 thread": (CPU, 1), "all threads": (CPU, THREADS)}
+    SIDES = {"1 thread": ("cpu", 1), "all threads": ("cpu", THREADS)}
 
 
 # WORK: all numbers are on the device before the clock starts, and the same on both sides.
@@ -82,13 +81,14 @@ def compare(base, other):
     return np.median(base) / np.median(other), low, high, verdict
 
 
-def measure(kind, sizes, seconds):
-    """Print a row for each size; return {size: (rates, interval, difference)}."""
+def measure(kind, sizes, seconds, axes):
+    """Print a row for each size and draw the speed; return {size: (interval, difference)}."""
     first, second = SIDES
     unit = "GFLOP/s" if kind == "Matrix product" else "images/s"
-    print(f"{kind}, {unit} | {second}: times as fast as {first} (95%)")
+    print(f"{kind}, {unit}: {first} | {second} | times as fast (95%)")
+    rates = {first: [], second: []}
     rows = {}
-    crossing = None
+    limit = 0
     for size in sizes:
         # README: start
         calls = {}
@@ -98,31 +98,21 @@ def measure(kind, sizes, seconds):
         times = time_in_turn(calls, seconds)
         ratio, low, high, verdict = compare(times[first], times[second])
         if verdict != "faster":
-            crossing = None
-        elif crossing is None:
-            crossing = size  # faster from this size on
+            limit = size  # all larger sizes are faster
         # README: end
         amount = 2 * size**3 / 1e9 if kind == "Matrix product" else size
-        rates = {side: amount / np.median(own) for side, own in times.items()}
+        for side, own in times.items():
+            rates[side].append(amount / np.median(own))
         difference = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
-        rows[size] = (rates, f"{low:.2f} to {high:.2f}", difference.item())
-        cells = " | ".join(f"{side} {rate:9,.0f}" for side, rate in rates.items())
-        print(f"  {size:5} | {cells} | {ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}")
-    print(f"  {second}: {f'faster from {crossing} on' if crossing else 'not faster to the end'}")
+        rows[size] = (f"{low:.2f} to {high:.2f}", difference.item())
+        row = f"  {size:5} | {rates[first][-1]:9,.0f} | {rates[second][-1]:9,.0f}"
+        print(f"{row} | {ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}")
+    print(f"  Largest size at which {second} did not win: {limit}")
+    for side, values in rates.items():
+        axes.loglog(sizes, values, "o-", label=side)
+    axes.set(title=kind, xlabel="size", ylabel=unit)
+    axes.legend()
     return rows
-
-
-# PICTURE: both axes are logarithmic, so each doubling is a step of the same length.
-def draw(products, inference):
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for side in SIDES:
-        left.loglog(list(products), [row[0][side] for row in products.values()], "o-", label=side)
-        right.loglog(list(inference), [row[0][side] for row in inference.values()], "o-")
-    left.set(title="Matrix product", xlabel="rows and columns", ylabel="GFLOP/s")
-    right.set(title="Inference", xlabel="batch size", ylabel="images/s")
-    left.legend()
-    return figure
 
 
 def main(quick=False, matrix_size=None):
@@ -132,17 +122,18 @@ def main(quick=False, matrix_size=None):
     largest = matrix_size or (128 if quick else MATRIX_SIZE)
     sizes = [size for size in (64, 256, 1024) if size < largest]
     seconds = 0.02 if quick else 1.0
-    products = measure("Matrix product", [*sizes, largest], seconds)
-    inference = measure("Inference", [1, 32] if quick else BATCHES, seconds)
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    products = measure("Matrix product", [*sizes, largest], seconds, left)
+    inference = measure("Inference", [1, 32] if quick else BATCHES, seconds, right)
     plots = ROOT / ("models/quick" if quick else "models") / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    draw(products, inference).savefig(plots / "advanced-04_gpu_vs_cpu_benchmark.png")
+    figure.savefig(plots / "advanced-04_gpu_vs_cpu_benchmark.png")
 
-    largest_batch = max(inference)
-    gain = inference[largest_batch][1] if "GPU" in SIDES else "none"
-    difference = max(row[2] for row in [*products.values(), *inference.values()])
+    gain = inference[max(inference)][0] if "GPU" in SIDES else "none"
+    difference = max(row[1] for row in [*products.values(), *inference.values()])
     result = f"products = {len(products)}, largest_difference = {difference:.7f}"
-    print(f"Result: {result}, measurements = {len(inference)}, gpu_at_{largest_batch} = {gain}")
+    print(f"Result: {result}, measurements = {len(inference)}, gpu_at_{max(inference)} = {gain}")
 
 
 if __name__ == "__main__":

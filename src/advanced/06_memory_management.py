@@ -11,7 +11,6 @@ outputs of the layers, are kept for each image until the backward pass. They fil
 
 import argparse
 import contextlib
-import math
 import sys
 
 import torch
@@ -32,15 +31,14 @@ def make_images(count):
 
 # MODEL: few weights, many activations. GroupNorm, because with BatchNorm the result for an image
 # would depend on the other images in its part of the batch.
-def make_layers():
-    return nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()  # [N, 16, 14, 14]
-
-
 def build_deep_network():
-    first = nn.Conv2d(1, 16, 3, stride=2, padding=1)  # [N, 1, 28, 28] -> [N, 16, 14, 14]
-    blocks = [nn.Sequential(*make_layers(), *make_layers()) for _ in range(4)]
-    last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    return nn.Sequential(first, *blocks, last).to(DEVICE)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1))  # [N, 16, 14, 14]
+    for _ in range(4):  # blocks of two convolutions
+        layers = [nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()]
+        layers += [nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()]
+        model.append(nn.Sequential(*layers))
+    model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)))
+    return model.to(DEVICE)
 
 
 # COUNT: PyTorch calls `pack` for each tensor that it keeps for the backward pass.
@@ -92,12 +90,10 @@ def show_memory(model, sizes):
     sgd = torch.optim.SGD(model.parameters(), momentum=0.9)  # without momentum, it keeps no state
     for optimizer in (sgd, torch.optim.Adam(model.parameters())):
         optimizer.step()
-        tensors = [tensor for state in optimizer.state.values() for tensor in state.values()]
-        state_size = sum(tensor.nbytes for tensor in tensors) / 1e3
-        print(f"  {type(optimizer).__name__:4} keeps {state_size:5.0f} kB of optimizer state")
+        state = [tensor.nbytes for one in optimizer.state.values() for tensor in one.values()]
+        print(f"  {type(optimizer).__name__:4} keeps {sum(state) / 1e3:5.0f} kB of optimizer state")
     if DEVICE.type == "cuda":
         print(f"  at most {torch.cuda.max_memory_allocated() / 1e6:.0f} MB allocated")
-        print(f"  {torch.cuda.memory_reserved() / 1e6:.0f} MB reserved, with deleted tensors")
         torch.cuda.empty_cache()  # other programs can now use the memory of deleted tensors
         print(f"  {torch.cuda.memory_reserved() / 1e6:.0f} MB reserved after empty_cache()")
     return per_image
@@ -107,14 +103,9 @@ def show_memory(model, sizes):
 def compare_methods(model, batch_size):
     """Print a row for each method; return {method: share kept} and {method: difference}."""
     images, labels = make_images(batch_size)
-    options = {
-        "plain": {},
-        "checkpointing": {"checkpointing": True},
-        "accumulation": {"parts": PARTS},
-        "bf16 autocast": {"half": True},
-    }
-    print(f"Gradients of {batch_size} images (accumulation: {PARTS} parts)")
-    print("  method           MB kept   share  difference  million operations")
+    options = {"plain": {}, "checkpointing": {"checkpointing": True}}
+    options |= {"accumulation": {"parts": PARTS}, "bf16 autocast": {"half": True}}
+    print(f"{batch_size:5} images       MB kept   share  difference  million operations")
     expected, all_kept = batch_gradients(model, images, labels)
     shares = {}
     differences = {}
@@ -129,7 +120,7 @@ def compare_methods(model, batch_size):
 
 
 # OUT OF MEMORY: compute fewer images at once. The gradients stay those of the whole batch.
-def fit_into_memory(model, images, labels, limit=math.inf):
+def fit_into_memory(model, images, labels, limit=float("inf")):
     """Compute the gradients in as few parts as the memory allows; return the number of parts."""
     parts = 1
     while parts <= len(images):
@@ -163,7 +154,7 @@ def main(quick=False, batch_sizes=None):
     limit = 0.3 * batch * bytes_per_image  # simulated
     if DEVICE.type == "cuda":
         batch = int(1.2 * torch.cuda.mem_get_info()[0] / bytes_per_image)
-        limit = math.inf
+        limit = float("inf")
     print(f"A batch of {batch} images, more than the memory holds")
     parts = fit_into_memory(model, *make_images(batch), limit)
     outcome = "survived" if parts > 1 else "did not happen"
@@ -180,7 +171,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         main(arguments.quick, arguments.batch_sizes)
-    except KeyboardInterrupt:
-        sys.exit("Stopped.")
-    except RuntimeError as error:  # the batch is too large to compute at once
-        sys.exit(f"Stopped: {str(error).splitlines()[0]} Give smaller --batch-sizes.")
+    except (KeyboardInterrupt, RuntimeError) as error:  # RuntimeError: the batch is too large
+        sys.exit(f"Stopped: {error!r:.99}. Smaller --batch-sizes need less memory.")

@@ -62,29 +62,25 @@ def make_version(version, model, images):
         case "CUDA graphs":  # one command starts all the work that was recorded before
             return torch.compile(model, backend="cudagraphs", dynamic=False)
         case "ONNX Runtime":  # an engine for many languages and devices
-            return load_in_onnx_runtime(model, images)
+            provider = f"{DEVICE.type.upper()}ExecutionProvider"
+            if provider not in onnxruntime.get_available_providers():
+                raise RuntimeError(f"this onnxruntime has no {provider}")
+            example = (images[:1].repeat(2, 1, 1, 1),)  # with one image, only one would ever fit
+            program = torch.onnx.export(model, example, dynamic_shapes=({0: "N"},), verbose=False)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            # Idle threads sleep, so they do not slow down what is timed next.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            content = program.model_proto.SerializeToString()
+            session = onnxruntime.InferenceSession(content, options, [provider])
+            name = session.get_inputs()[0].name
+
+            def run_in_onnx(x):
+                return torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
+
+            return run_in_onnx
         case "TensorRT":  # NVIDIA's engine
             return torch.compile(model, backend="torch_tensorrt", dynamic=False)
-
-
-def load_in_onnx_runtime(model, images):
-    provider = f"{DEVICE.type.upper()}ExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise RuntimeError(f"this onnxruntime has no {provider}")
-    example = images[:1].repeat(2, 1, 1, 1)  # with an example of one, only one image would fit
-    program = torch.onnx.export(model, (example,), dynamic_shapes=({0: "N"},), verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Idle threads sleep, so they do not slow down what is timed next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, [provider])
-    name = session.get_inputs()[0].name
-
-    def run(x):
-        return torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
-
-    return run
 
 
 # CHECK: a faster version is useless if it answers differently.
@@ -94,7 +90,7 @@ def check_versions(versions, model, images, batch_sizes):
     calls = {}
     differences = {}
     seconds = {}
-    print("version       | made in | difference")
+    print("version       | made in | difference | time of a call (eager: 1)")
     for version in versions:
         start = time.perf_counter()
         try:
@@ -106,17 +102,13 @@ def check_versions(versions, model, images, batch_sizes):
         made = time.perf_counter() - start
         difference = torch.cat(gaps).abs().max() / expected.abs().max().clamp(1e-9)
         differences[version] = difference.item()
-        for _ in range(2):  # the second call of TorchScript is slow, because it optimizes
-            start = time.perf_counter()
-            call(images).cpu()  # waits for a GPU
-        seconds[version] = time.perf_counter() - start
+        work = partial(call, images)
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        seconds[version] = timer.timeit(1).mean  # after two calls, because the first ones are slow
         slower = seconds[version] / seconds["eager"]
-        row = f"{version:13} | {made:5.1f} s | {difference:10.7f}"
+        print(f"{version:13} | {made:5.1f} s | {difference:10.7f} | {slower:6.1f}")
         if slower <= PATIENCE:
             calls[version] = call
-        else:
-            row += f" | not timed, {slower:.0f} times as slow as eager"
-        print(row)
     return calls, differences
 
 
@@ -166,35 +158,26 @@ def main(quick=False, model_name=MODEL, batch_sizes=BATCHES):
     model = model.eval().requires_grad_(False).to(DEVICE)
     print(f"{model_name}, images of {size} x {size}")
     versions = [version for version in VERSIONS if not (quick and version in SLOW_TO_MAKE)]
-    try:
-        images = torch.rand(max(batch_sizes), 3, size, size, device=DEVICE)
-        calls, differences = check_versions(versions, model, images, batch_sizes)
-    except Exception as error:  # no memory, or a network for one size of images only
-        sys.exit(f"{model_name} cannot read {max(batch_sizes)} images of {size} x {size}: {error}")
+    images = torch.rand(max(batch_sizes), 3, size, size, device=DEVICE)
+    calls, differences = check_versions(versions, model, images, batch_sizes)
     for batch_size in batch_sizes:
         time_versions(calls, images[:batch_size], seconds=0.02 if quick else 1.0)
-    outside = 0
-    for version, difference in differences.items():
-        if not difference <= ALLOWED.get(version, 0.001):  # counts nan, too
-            outside += 1
+    inside = [name for name, gap in differences.items() if gap <= ALLOWED.get(name, 0.001)]
+    outside = len(differences) - len(inside)
     print(f"Result: versions = {len(differences)}, outside_tolerance = {outside}")
 
 
-def positive_numbers(text):
-    numbers = sorted({int(number) for number in text.split(",")})
-    if numbers[0] < 1:
-        raise ValueError
-    return numbers
+def read_sizes(text):
+    return [int(size) for size in text.split(",")]  # argparse reports a ValueError
 
 
 if __name__ == "__main__":
-    names = models.list_models(module=models)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a short test, without compilers")
-    parser.add_argument("--model-name", default=MODEL, choices=names, metavar="NAME")
-    parser.add_argument("--batch-sizes", default=BATCHES, type=positive_numbers, metavar="1,8")
+    parser.add_argument("--model-name", default=MODEL, help="of torchvision.models")
+    parser.add_argument("--batch-sizes", default=BATCHES, type=read_sizes, metavar="1,8")
     arguments = parser.parse_args()
     try:
         main(arguments.quick, arguments.model_name, arguments.batch_sizes)
-    except KeyboardInterrupt:
-        sys.exit("Stopped.")
+    except (KeyboardInterrupt, ValueError, RuntimeError, AssertionError) as error:
+        sys.exit(f"Stopped: {error!r}")  # such as an unknown network, or images of a wrong size
