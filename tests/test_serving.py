@@ -1048,6 +1048,27 @@ def tuned(project):
     return SimpleNamespace(state=merged, model=again, folder=models / "my_tutor")
 
 
+def test_a_failed_save_keeps_the_old_folder(tmp_path):
+    class Full(SimpleNamespace):
+        def half(self):
+            return self
+
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            (folder / "config.json").write_text("{")
+            raise OSError(28, "No space left on device")
+
+    lesson = load_lesson(TUTOR)
+    folder = tmp_path / "my_tutor"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"the old one")
+    model = Full(config=SimpleNamespace(rope_parameters={"rope_theta": 1.0}))
+    with pytest.raises(OSError, match="No space left"):
+        lesson.save_model(model, SimpleNamespace(backend_tokenizer=SimpleNamespace()), folder)
+    assert (folder / "model.safetensors").read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_merging_changes_the_model_as_the_adapter_does(project, tuned):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

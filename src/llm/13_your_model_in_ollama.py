@@ -64,11 +64,14 @@ def save_model(model, tokenizer, folder):
     # README: start
     if ROPE_THETA_ON_TOP:  # transformers writes it inside rope_parameters, and Ollama takes 10,000
         model.config.rope_theta = model.config.rope_parameters["rope_theta"]
-    model.half().save_pretrained(part)  # 16 bits for a weight, as Ollama stores them
-    tokenizer.save_pretrained(part)
-    # README: end
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    try:
+        model.half().save_pretrained(part)  # 16 bits for a weight, as Ollama stores them
+        tokenizer.save_pretrained(part)
+        # README: end
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
 
 
