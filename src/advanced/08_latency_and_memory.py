@@ -12,7 +12,6 @@ remembers the slow ones. Half of all calls take p50 or less; one in twenty takes
 import argparse
 import ctypes
 import logging
-import math
 import sys
 import time
 import warnings
@@ -30,7 +29,6 @@ ON_CPU = DEVICE.type == "cpu"
 MODEL = "resnet18" if ON_CPU else "resnet50"
 SIZE = 64 if ON_CPU else 224  # height and width of the images
 BATCHES = [1] if ON_CPU else [1, 8, 16, 32]
-CALLS = 100
 
 
 # ENGINES: as in advanced/07, which compares their answers.
@@ -55,7 +53,7 @@ def load_in_onnx_runtime(model, images):
 
 
 def make_engines(model, images, quick):
-    """Return {engine: call}, warm for every batch size; print why the others do not run."""
+    """Return {engine: call}, warm for every batch size; print why others do not run."""
     makers = {"eager": nn.Module.eval, "TorchScript": torch.jit.script}
     if not quick:  # these two take long to make
         makers["torch.compile"] = partial(torch.compile, dynamic=False)
@@ -92,16 +90,16 @@ def measure_memory(call):
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        from resource import RUSAGE_SELF, getrusage
+    peak = Path("/proc/self/clear_refs")
+    if not peak.exists():  # not Linux
+        return float("nan")
+    from resource import RUSAGE_SELF, getrusage
 
-        ctypes.CDLL(None).malloc_trim(0)  # Linux: give free memory back
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = getrusage(RUSAGE_SELF).ru_maxrss
-        call()
-        return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2**10
-    except (ImportError, OSError, AttributeError, TypeError):  # not Linux
-        return math.nan
+    ctypes.CDLL(None).malloc_trim(0)  # give free memory back
+    peak.write_text("5")  # forget the peak so far
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    call()
+    return (getrusage(RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 
 def measure(engines, images, count):
@@ -121,18 +119,13 @@ def measure(engines, images, count):
 
 
 def main(quick=False):
-    logging.disable(logging.WARNING)  # hide log messages of the exporters
+    logging.disable(logging.WARNING)  # hides messages of the exporters
     warnings.simplefilter("ignore")  # TorchScript is deprecated
-    torch.backends.cudnn.allow_tf32 = False  # full float32 precision
-    torch.manual_seed(0)
-    size = 32 if quick else SIZE
-    model = models.get_model(MODEL, weights=None)  # random weights, nothing to download
-    model = model.eval().requires_grad_(False).to(DEVICE)
-    images = torch.rand(max(BATCHES), 3, size, size, device=DEVICE)
-    print(f"{MODEL}, images of {size} x {size}")
+    model = models.get_model(MODEL).eval().requires_grad_(False).to(DEVICE)  # random weights
+    images = torch.rand(max(BATCHES), 3, SIZE, SIZE, device=DEVICE)
+    print(f"{MODEL}, images of {SIZE} x {SIZE}")
     engines = make_engines(model, images, quick)
-    count = 5 if quick else CALLS
-    rows = [measure(engines, images[:batch_size], count) for batch_size in BATCHES]
+    rows = [measure(engines, images[:size], 5 if quick else 100) for size in BATCHES]
     p50, p95 = rows[0]["eager"]
     print(f"Result: engines = {len(engines)}, eager_p50_ms = {p50:.2f}, eager_p95_ms = {p95:.2f}")
 

@@ -14,7 +14,6 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 IMAGES = 256
 SMALL = 8  # images in a batch
-LARGE = 256
 PARTS = ["prepare", "transfer", "train", "report"]
 ROUNDS = 21
 os.environ["KINETO_LOG_LEVEL"] = "5"  # hides the profiler's warning that there is no GPU
@@ -65,7 +63,7 @@ def train(model, images, labels, batch_size, prepare, read):
             loss.backward()
             optimizer.step()
         with record_function("report"):
-            total_loss += read(loss)
+            total_loss += read(loss)  # item() waits for the GPU, detach() does not
     float(total_loss)  # waits for the GPU
     return nn.utils.parameters_to_vector(model.parameters())
 
@@ -75,50 +73,43 @@ def make_settings():
     images = torch.randint(256, (IMAGES, 28, 28)).byte()
     labels = torch.randint(10, (IMAGES,))
     moved = (images.to(DEVICE), labels.to(DEVICE))  # bytes: a quarter of the size of float32
-    wait = torch.Tensor.item  # item() waits until the GPU has finished
-    keep = torch.Tensor.detach  # detach() does not wait
     return {
-        "all three faults": (images, labels, SMALL, standardize_each, wait),
-        "1 prepare whole batches": (images, labels, SMALL, standardize, wait),
-        "2 transfer and wait once": (*moved, SMALL, standardize, keep),
-        f"3 batches of {LARGE}": (*moved, LARGE, standardize, keep),
+        "all three faults": (images, labels, SMALL, standardize_each, torch.Tensor.item),
+        "1 prepare whole batches": (images, labels, SMALL, standardize, torch.Tensor.item),
+        "2 transfer and wait once": (*moved, SMALL, standardize, torch.Tensor.detach),
+        f"3 batches of {IMAGES}": (*moved, IMAGES, standardize, torch.Tensor.detach),
     }
 
 
 # PROFILE: the profiler's table, with only the columns and rows that matter here.
 def show_profile(settings):
-    """Print where a training spends its time; return the profile, and how often it waits."""
+    """Print where the CPU spends its time; return the profile, its waits, and the weights."""
     # README: start
     model = build_network()
     train(model, *settings)  # the first run is slower
     with profile(activities=supported_activities(), acc_events=True) as recorded:
-        train(model, *settings)
-    spent = dict.fromkeys(PARTS, 0.0)
-    operations = {}
-    for event in recorded.key_averages():
-        if event.key in PARTS:
-            spent[event.key] += event.cpu_time_total / 1e3  # a GPU adds a second event
-        elif event.key.startswith("aten::"):
-            operations[event.key] = event
+        weights = train(model, *settings)
+    events = {event.key: event for event in recorded.key_averages() if event.cpu_time_total > 0}
+    operations = [event for name, event in events.items() if name.startswith("aten::")]
+    operations.sort(key=lambda event: -event.self_cpu_time_total)  # the slowest first
     # README: end
     print("  part of the loop                  CPU ms")
-    for name, milliseconds in spent.items():
-        print(f"  {name:30} {milliseconds:9.1f}")
+    for name in PARTS:
+        print(f"  {name:30} {events[name].cpu_time_total / 1e3:9.1f}")
     print("  operation                         CPU ms  GPU ms  calls")
-    rows = sorted(operations.values(), key=lambda event: -event.self_cpu_time_total)[:7]
-    for event in [*rows, operations["aten::item"]]:
+    for event in [*operations[:7], events["aten::item"]]:
         cpu = event.self_cpu_time_total / 1e3
         gpu = event.self_device_time_total / 1e3
         print(f"  {event.key:30} {cpu:9.1f} {gpu:7.1f} {event.count:6}")
-    return recorded, operations["aten::item"].count
+    return recorded, events["aten::item"].count, weights
 
 
 def save_trace(recorded, path):
     """Write the whole profile in a format that https://ui.perfetto.dev shows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as folder:
-        recorded.export_chrome_trace(f"{folder}/trace.json")
-        Path(folder, "trace.json").replace(path)  # only a complete file takes the name
+    part = path.with_suffix(".part")
+    recorded.export_chrome_trace(str(part))
+    part.replace(path)  # only a complete file takes the name
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
 
 
@@ -133,29 +124,22 @@ def time_in_turn(calls, seconds=2.0):
     return times
 
 
-def show_speed(times):
-    print("One repair after the other         images/s  times as fast")
-    first = np.median(times["all three faults"])
-    for name, seconds in times.items():
-        median = np.median(seconds)
-        print(f"  {name:30} {IMAGES / median:10,.0f} {first / median:14.2f}")
-
-
 def main(quick=False):
     settings = make_settings()
-    slow = settings["all three faults"]
-    repaired = settings["2 transfer and wait once"]
     print(f"All three faults, {IMAGES} images, as the profiler sees them")
-    recorded, waits_before = show_profile(slow)
+    recorded, waits_before, weights_before = show_profile(settings["all three faults"])
     models = ROOT / ("models/quick" if quick else "models")
     save_trace(recorded, models / "advanced-09_profiling_trace.json")
-    model = build_network()
-    calls = {name: partial(train, model, *values) for name, values in settings.items()}
-    show_speed(time_in_turn(calls, seconds=0.02 if quick else 2.0))
+    calls = {name: partial(train, build_network(), *values) for name, values in settings.items()}
+    times = time_in_turn(calls, seconds=0.02 if quick else 2.0)
+    medians = {name: np.median(seconds) for name, seconds in times.items()}
+    print("One repair after the other         images/s  times as fast")
+    for name, median in medians.items():
+        gain = medians["all three faults"] / median
+        print(f"  {name:30} {IMAGES / median:10,.0f} {gain:14.2f}")
     print("Faults 1 and 2 repaired, as the profiler sees the loop")
-    _, waits_after = show_profile(repaired)
-    weights = train(build_network(), *slow)
-    difference = (weights - train(build_network(), *repaired)).abs().max().item()
+    _, waits_after, weights_after = show_profile(settings["2 transfer and wait once"])
+    difference = (weights_after - weights_before).abs().max().item()
     result = f"waits_before = {waits_before}, waits_after = {waits_after}"
     print(f"Result: {result}, weight_difference = {difference:.6f}")
 

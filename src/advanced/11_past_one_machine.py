@@ -11,11 +11,9 @@ torchrun stops all processes and starts them again, and they continue from the l
 
 import argparse
 import os
-import re
 import signal
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -88,7 +86,7 @@ def resume(model, optimizer, path):
 def work_until_killed(path):
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what gloo prints goes to the errors
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo")
     rank = dist.get_rank()
     ranks = dist.get_world_size()
     model, optimizer = build_small()
@@ -103,33 +101,16 @@ def work_until_killed(path):
         train_step(parallel, optimizer, step, BATCH_SIZE * ranks, rank, ranks)
         if rank == 0 and (step + 1) % CHECKPOINT_EVERY == 0:  # all processes have the same state
             save_state(model, optimizer, step + 1, path)
-    dist.destroy_process_group()
 
 
-def train_alone(model, optimizer, first, count):
-    """Train from a step to the last one; return the weights in one row."""
+def train_alone(path, count):
+    """Train from the checkpoint, if there is one, to the end; return the weights in one row."""
+    model, optimizer = build_small()
+    first = resume(model, optimizer, path)
+    print(f"One process trains alone from step {first}, with the whole batch")
     for step in range(first, STEPS):
         train_step(model, optimizer, step, count)
     return nn.utils.parameters_to_vector(model.parameters())
-
-
-def lose_processes(processes):
-    """Return torchrun's exit code, and how far the weights are from an undisturbed training's."""
-    print("torchrun may restart the processes once, and a process is killed twice")
-    model, optimizer = build_small()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "checkpoint.pth")
-        code, output, errors = launch(processes, "--checkpoint", str(path), restarts=1)
-        first = resume(model, optimizer, path)
-    print(output)
-    cause = re.search("Signal 9 .*", errors)
-    if cause is None:  # for example, because the processes did not find each other
-        sys.exit(f"The processes did not fail as planned (exit code {code}):\n{errors}")
-    print(f"  torchrun ends with exit code {code} and reports: {cause[0]}")
-    print(f"One process continues alone from step {first}, with the whole batch")
-    ours = train_alone(model, optimizer, first, BATCH_SIZE * processes)
-    undisturbed = train_alone(*build_small(), 0, BATCH_SIZE * processes)
-    return code, (ours - undisturbed).abs().max().item()
 
 
 # COUNT: what a model of 7 billion parameters needs, before the first activation.
@@ -139,16 +120,15 @@ def count_seven_b():
     with torch.device("meta"):  # shapes without numbers: this needs no memory
         count = LlamaForCausalLM(LlamaConfig()).num_parameters()  # LLaMA 7B, Touvron et al. 2023
     lora = 32 * 2 * 8 * (4096 + 4096)  # rank 8 beside two matrices of each of the 32 layers
-    needs = {
-        "train all with Adam: 4 + 4 + 8 bytes": 16 * count,  # weight, gradient, optimizer state
-        "the same with FSDP2, each of 8 GPUs": 16 * count / 8,
-        "train LoRA beside bf16 weights": 2 * count + 16 * lora,
-        "answer in bf16": 2 * count,
-        "answer in int4": count / 2,
+    needs = {  # bytes for the weights; for gradients and optimizer state (4 + 8 for a parameter)
+        "train all with Adam": (4 * count, 12 * count),
+        "the same with FSDP2, each of 8 GPUs": (4 * count / 8, 12 * count / 8),
+        "train LoRA beside bf16 weights": (2 * count + 4 * lora, 12 * lora),
+        "answer in int4": (count / 2, 0),
     }
-    print(f"{count:,} parameters, and the memory that they need besides the activations")
-    for name, size in needs.items():
-        print(f"  {name:36} {size / 1e9:6.1f} GB")
+    print(f"{count:,} parameters               weights  gradients and optimizer state")
+    for name, (weights, others) in needs.items():
+        print(f"  {name:36} {weights / 1e9:6.1f} GB {others / 1e9:6.1f} GB")
     return count
 
 
@@ -157,7 +137,16 @@ def main(quick=False, processes=2, checkpoint=None):
         return work_until_killed(checkpoint)
     if processes < 2:
         sys.exit(f"--processes must be 2 or more, not {processes}.")
-    code, difference = lose_processes(processes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "checkpoint.pth")
+        undisturbed = train_alone(path, BATCH_SIZE * processes)  # there is no checkpoint yet
+        print("torchrun may restart the processes once, and a process is killed twice")
+        code, output, errors = launch(processes, "--checkpoint", str(path), restarts=1)
+        if "Signal 9 (SIGKILL)" not in errors:  # for example, they did not find each other
+            sys.exit(f"The processes did not fail as planned (exit code {code}):\n{errors}")
+        print(f"{output}\n  torchrun ends with exit code {code}, because of signal 9 (SIGKILL)")
+        restarted = train_alone(path, BATCH_SIZE * processes)
+    difference = (restarted - undisturbed).abs().max().item()
     result = f"exit_code = {code}, restart_difference = {difference:.9f}"
     print(f"Result: {result}, seven_b = {count_seven_b():,}")
 

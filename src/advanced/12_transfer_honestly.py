@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from torchvision import datasets
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -76,7 +75,6 @@ class CNN(nn.Module):
         return self.fc2(x)  # [N, 10], a logit (a score before softmax) per digit
 
 
-# START: three ways to start on the new digits.
 # README: start
 def start(way, backbone):
     model = CNN() if way == "from scratch" else copy.deepcopy(backbone)
@@ -89,8 +87,7 @@ def start(way, backbone):
 # README: end
 # TRAIN: the usual loop, on random batches.
 def train(model, images, labels, learning_rate, steps):
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable)
+    optimizer = torch.optim.Adam(model.parameters())  # leaves frozen layers as they are
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for batch in torch.randint(len(labels), (steps, BATCH_SIZE), device=DEVICE):
         loss = F.cross_entropy(model(images[batch]), labels[batch])
@@ -103,14 +100,12 @@ def train(model, images, labels, learning_rate, steps):
 
 @torch.inference_mode()
 def evaluate(model, images, labels):
-    predicted = torch.cat([model(chunk).argmax(dim=1) for chunk in images.split(1000)])
-    return (predicted == labels).float().mean().item()
+    return (model(images).argmax(dim=1) == labels).float().mean().item()
 
 
-# COMPARE: validation images choose the best learning rate of each way. Then all ways learn from
-# the same images, several times.
+# COMPARE: validation images choose the learning rates. Then all ways learn from the same images.
 def compare_ways(backbone, count, steps, pool, validation, test, trials):
-    """Return {way: test accuracy in each trial}."""
+    """Print the test accuracies of each way; return {way: their mean}."""
     sample = draw_sample(*pool, count)
     rates = {}
     for way, choice in LEARNING_RATES.items():
@@ -125,25 +120,21 @@ def compare_ways(backbone, count, steps, pool, validation, test, trials):
         for way, rate in rates.items():
             model = train(start(way, backbone), *sample, rate, steps)
             scores[way].append(evaluate(model, *test))
-    tqdm.write(f"{count} images of each digit")
+    print(f"{count} images of each digit")
     for way, values in scores.items():
-        spread = f"{np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
-        tqdm.write(f"  {way:15} {spread}, learning rate {rates[way]}")
-    return scores
+        print(f"  {way:15} {np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})")
+    return {way: np.mean(values) for way, values in scores.items()}
 
 
-# PICTURE: a dot for each trial, and a line through the means.
 def draw(results, path):
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     for way, color in zip(LEARNING_RATES, ["#4C8BE0", "#9AA3AF", "#F08C2E"], strict=True):
-        scores = [trials[way] for trials in results.values()]  # [counts, trials]
-        axes.plot(list(results), scores, ".", color=color, alpha=0.5)
-        axes.plot(list(results), np.mean(scores, axis=1), color=color, label=way)
+        means = [result[way] for result in results.values()]
+        axes.plot(list(results), means, "o-", color=color, label=way)
     axes.set(xscale="log", xlabel="images of each digit", ylabel="test accuracy, digits 5 to 9")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    axes.figure.savefig(path)
 
 
 def main(quick=False):
@@ -157,15 +148,13 @@ def main(quick=False):
     trials = 1 if quick else TRIALS
     backbone = train(start("from scratch", None), *old, learning_rate=1e-2, steps=900 // share)
     print(f"Trained on 0 to 4: {evaluate(backbone, *old_test):.1%} right. Now 5 to 9:")
-    data = (pool, validation, test)
     results = {}
     gains = []
-    for count, steps in tqdm(STEPS.items(), leave=False, disable=None):
-        scores = compare_ways(backbone, count, steps // share, *data, trials)
-        results[count] = scores
-        mean = {way: np.mean(values) for way, values in scores.items()}
-        gains.append(f"frozen_{count} = {mean['last layer only'] - mean['from scratch']:+.1%}")
-        gains.append(f"tuned_{count} = {mean['all layers'] - mean['from scratch']:+.1%}")
+    for count, steps in STEPS.items():
+        means = compare_ways(backbone, count, steps // share, pool, validation, test, trials)
+        gains.append(f"frozen_{count} = {means['last layer only'] - means['from scratch']:+.1%}")
+        gains.append(f"tuned_{count} = {means['all layers'] - means['from scratch']:+.1%}")
+        results[count] = means
     models = ROOT / ("models/quick" if quick else "models")
     draw(results, models / "plots/advanced-12_transfer_honestly.png")
     print(f"Result: {', '.join(gains)}, data = {(ROOT / 'data/MNIST/SOURCE').read_text()}")
