@@ -48,9 +48,7 @@ def read_questions(path):
             if not line.strip():
                 continue
             term = json.loads(line)
-            if not isinstance(term["questions"], list):
-                raise TypeError("questions must be a list")
-            "".join([term["answer"], *term["questions"]]).encode()  # half an emoji is no text
+            "".join([term["answer"]] + term["questions"]).encode()  # refuses half an emoji
             of_term = [(question, term["answer"]) for question in term["questions"]]
             if term["split"] == "train":
                 pairs["train"] += of_term[:-1]
@@ -87,18 +85,16 @@ def load_folder(folder, lesson):
         sys.exit(f"Cannot load {folder} ({type(error).__name__}). Make it with: uv run {lesson}")
 
 
-# LORA: peft puts the small matrices beside the large ones, and freezes the large ones.
+# LORA: peft puts small matrices beside the large ones of these layers, and freezes the large ones.
 def add_lora(model, layers):
-    """Return the model with LoRA on all layers whose name matches; print what it trains."""
     from peft import LoraConfig, get_peft_model
 
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # from inside peft
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, task_type="CAUSAL_LM")
     config.fan_in_fan_out = model.config.model_type == "gpt2"  # it stores matrices transposed
     tuned = get_peft_model(model, config)
-    trainable, total = tuned.get_nb_trainable_parameters()
-    share = f"{trainable:,} of {total:,} parameters, {trainable / total:.2%}"
-    print(f"LoRA on {layers} of {model.config.model_type}: {share}")
+    print(f"LoRA on {layers} of {model.config.model_type}", end=": ")
+    tuned.print_trainable_parameters()
     return tuned
 
 
@@ -110,12 +106,9 @@ def evaluate(model, batches):
 
 
 def train(model, batches, tests, epochs):
-    """Return {test: [its loss before training, and after each epoch]}."""
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
-    steps = epochs * len(batches)
-    schedule = OneCycleLR(optimizer, LEARNING_RATE, steps, cycle_momentum=False)
-    curves = {name: [evaluate(model, test)] for name, test in tests.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    schedule = OneCycleLR(optimizer, LEARNING_RATE, epochs * len(batches), cycle_momentum=False)
+    curves = {name: [evaluate(model, test)] for name, test in tests.items()}  # before training
     for epoch in range(1, epochs + 1):
         model.train()
         total = 0.0
@@ -148,60 +141,51 @@ def draw(curves):
 @torch.inference_mode()
 def ask(model, tokenizer, questions):
     chats = [[{"role": "user", "content": question}] for question in questions]
-    options = {"padding": True, "return_tensors": "pt", "return_dict": True}
+    options = {"padding": True, "return_tensors": "pt"}
     batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options).to(DEVICE)
     ids = model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
-    ids = ids[:, batch["input_ids"].shape[1] :]  # without the questions
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def show_best_and_worst(model, tokenizer, name, pairs):
     """Print the best and the worst answer; return the share that is right, word for word."""
-    answers = ask(model, tokenizer, [question for question, _ in pairs])
-    scores = []
-    for answer, (_, sentence) in zip(answers, pairs, strict=True):
-        scores.append(SequenceMatcher(None, answer, sentence).ratio())
-    for place, score in [("best", max(scores)), ("worst", min(scores))]:
-        index = scores.index(score)
-        question, sentence = pairs[index]
+    questions, sentences = zip(*pairs, strict=True)
+    answers = ask(model, tokenizer, questions)
+    scores = [SequenceMatcher(None, *both).ratio() for both in zip(answers, sentences, strict=True)]
+    for place, index in [("best", scores.index(max(scores))), ("worst", scores.index(min(scores)))]:
         with model.disable_adapter():
-            before = ask(model, tokenizer, [question])[0]
-        print(f"{name}, {place} answer:\nQuestion: {question}\nGlossary: {sentence}")
-        print(f"Before: {before!r}\nAfter: {answers[index]!r}")
+            before = ask(model, tokenizer, [questions[index]])[0]
+        print(f"{name}, {place} answer:\nQuestion: {questions[index]}")
+        print(f"Glossary: {sentences[index]}\nBefore: {before!r}\nAfter: {answers[index]!r}")
     return scores.count(1.0) / len(scores)
 
 
 def main(quick=False, questions=ROOT / "data/qa.jsonl"):
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, GPT2Config
 
-    models = ROOT / ("models/quick" if quick else "models")
-    base_name = "models/quick/smollm2" if quick else "models/smollm2"
+    models = "models/quick" if quick else "models"
     pairs = {name: part[: 4 if quick else None] for name, part in read_questions(questions).items()}
     lesson = "src/llm/06_pretrained_llm.py" + (" --quick" if quick else "")
-    base, tokenizer = load_folder(models / "smollm2", lesson)
+    base, tokenizer = load_folder(ROOT / models / "smollm2", lesson)
     tokenizer.padding_side = "left"  # each question then ends where its answer begins
     collate = DataCollatorForSeq2Seq(tokenizer)  # pads to the longest, labels with -100
     tests = {}
     for name, part in pairs.items():
         items = [encode(tokenizer, *pair) for pair in part]
         tests[name] = DataLoader(items, BATCH_SIZE, name == "train", collate_fn=collate)
-        print(f"{name}: {len(items)} questions")
-    batches = tests.pop("train")
-
     torch.manual_seed(SEED)
     with torch.device("meta"):  # shapes without numbers: nothing is downloaded
         gpt2 = add_lora(AutoModelForCausalLM.from_config(GPT2Config()), ["c_attn"])
-        add_lora(AutoModelForCausalLM.from_config(base.config), ["q_proj", "v_proj"])
     model = add_lora(base, "all-linear")
-    model.peft_config["default"].base_model_name_or_path = base_name
-    curves = train(model, batches, tests, epochs=1 if quick else EPOCHS)
-    with TemporaryDirectory(dir=models, suffix=".part") as part:  # complete before it gets its name
+    model.peft_config["default"].base_model_name_or_path = f"{models}/smollm2"
+    curves = train(model, tests.pop("train"), tests, epochs=1 if quick else EPOCHS)
+    with TemporaryDirectory(dir=ROOT / models, suffix=".part") as part:  # renamed when complete
         model.save_pretrained(Path(part, "smollm2_lora"))
-        shutil.rmtree(models / "smollm2_lora", ignore_errors=True)
-        Path(part, "smollm2_lora").rename(models / "smollm2_lora")
-    print(f"Saved {base_name}_lora/")
-    (models / "plots").mkdir(exist_ok=True)
-    draw(curves).savefig(models / "plots/llm-07_finetune_lora.png")
+        shutil.rmtree(ROOT / models / "smollm2_lora", ignore_errors=True)
+        Path(part, "smollm2_lora").rename(ROOT / models / "smollm2_lora")
+    print(f"Saved {models}/smollm2_lora/")
+    (ROOT / models / "plots").mkdir(exist_ok=True)
+    draw(curves).savefig(ROOT / models / "plots/llm-07_finetune_lora.png")
     shares = [show_best_and_worst(model, tokenizer, name, pairs[name]) for name in curves]
     result = f"word_for_word = {shares[0]:.1%}, unseen_terms = {shares[1]:.1%}"
     print(f"Result: {result}, gpt2_trainable = {gpt2.get_nb_trainable_parameters()[0]:,}")

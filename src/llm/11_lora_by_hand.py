@@ -21,12 +21,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-RANKS = [1, 8, 64]
 SCALE = 4  # peft's alpha / rank
 LAYERS = ["q_proj", "v_proj"]  # queries and values, as in the paper
-TERMS = 16  # of the glossary; of each, one question is learned
+TERMS = 16  # of the glossary are learned
 EPOCHS = 6
-LEARNING_RATE = 5e-4
 
 
 # README: start
@@ -48,10 +46,9 @@ class LoRA(nn.Module):
 def insert_lora(model, rank, names):
     """Return a frozen copy in which every layer of these names has a LoRA."""
     model = copy.deepcopy(model).requires_grad_(False)
-    for parent in list(model.modules()):
-        for name in names:
-            if hasattr(parent, name):
-                setattr(parent, name, LoRA(getattr(parent, name), rank))
+    for path, layer in list(model.named_modules()):
+        if path.split(".")[-1] in names:
+            model.set_submodule(path, LoRA(layer, rank))
     return model
 
 
@@ -60,13 +57,12 @@ def count_trainable(model):
 
 
 @torch.no_grad()
-def merge(model):
+def merge_lora(model):
     """Add every product to its layer's weights. The model is then as fast as before."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, LoRA):
-                child.layer.weight += SCALE * (child.B @ child.A)
-                setattr(parent, name, child.layer)
+    for path, lora in list(model.named_modules()):
+        if isinstance(lora, LoRA):
+            lora.layer.weight += SCALE * (lora.B @ lora.A)
+            model.set_submodule(path, lora.layer)
 
 
 def load_folder(folder, lesson):
@@ -80,20 +76,18 @@ def load_folder(folder, lesson):
         sys.exit(f"Cannot load {folder} ({type(error).__name__}). Make it with: uv run {lesson}")
 
 
-# TRAIN: on one question at a time, so that none needs padding.
-def encode_term(tokenizer, term, number):
-    """Return a question about a term and its answer, [1, T]. The loss skips labels of -100."""
-    chat = [{"role": "user", "content": term["questions"][number]}]
+# TRAIN: one question at a time, without padding. The loss does not count labels of -100.
+def encode_term(tokenizer, term):
+    chat = [{"role": "user", "content": term["questions"][0]}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     reply = tokenizer(term["answer"] + tokenizer.eos_token)["input_ids"]
-    ids = torch.tensor([prompt + reply], device=DEVICE)
+    ids = torch.tensor([prompt + reply], device=DEVICE)  # [1, T]
     labels = torch.tensor([[-100] * len(prompt) + reply], device=DEVICE)
     return {"input_ids": ids, "labels": labels}
 
 
 def train(model, examples, epochs):
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
     for _ in tqdm(range(epochs), leave=False, disable=None):
         for number in torch.randperm(len(examples)):
             loss = model(**examples[number]).loss
@@ -114,30 +108,22 @@ def main(quick=False):
     models = ROOT / ("models/quick" if quick else "models")
     base, tokenizer = load_folder(models / "smollm2", lesson)
     terms = [json.loads(line) for line in (ROOT / "data/qa.jsonl").open(encoding="utf-8")]
-    learned = [term for term in terms if term["split"] == "train"][:TERMS]
-    unseen = [term for term in terms if term["split"] == "test"]
-    examples = {
-        "learned": [encode_term(tokenizer, term, 0) for term in learned],
-        "unseen phrasings": [encode_term(tokenizer, term, -1) for term in learned],
-        "unseen terms": [encode_term(tokenizer, term, 0) for term in unseen],
-    }
-    print(f"Rank | trained | loss: {' | '.join(examples)}")
-    for rank in [0, *RANKS]:
+    learned = [encode_term(tokenizer, term) for term in terms if term["split"] == "train"][:TERMS]
+    unseen = [encode_term(tokenizer, term) for term in terms if term["split"] == "test"]
+    print("Rank | trained | loss: learned | unseen terms")
+    for rank in [0, 1, 8, 64]:
         torch.manual_seed(42)
         model = insert_lora(base, rank, LAYERS)
-        if rank:  # without a LoRA, there is nothing to train
-            train(model, examples["learned"], epochs=1 if quick else EPOCHS)
-        losses = " | ".join(f"{evaluate(model, part):.2f}" for part in examples.values())
+        if rank > 0:  # without a LoRA, there is nothing to train
+            train(model, learned, epochs=1 if quick else EPOCHS)
+        losses = f"{evaluate(model, learned):.2f} | {evaluate(model, unseen):.2f}"
         print(f"{rank:4} | {count_trainable(model):9,} | {losses}")
-    with torch.inference_mode():
-        before = model(**examples["unseen terms"][0]).logits[:, -1]  # of the next token
-        merge(model)
-        after = model(**examples["unseen terms"][0]).logits[:, -1]
-    difference = (after - before).abs().max().item()
+    before = model(**unseen[0]).logits[:, -1]  # of the next token
+    merge_lora(model)
+    difference = (model(**unseen[0]).logits[:, -1] - before).abs().max()
     with torch.device("meta"):  # shapes without numbers: nothing is downloaded
         gpt2 = insert_lora(GPT2LMHeadModel(GPT2Config()), 64, ["c_attn"])
-    size = count_trainable(gpt2)
-    print(f"Result: merged_difference = {difference:.7f}, gpt2_rank_64 = {size:,}")
+    print(f"Result: merged_difference = {difference:.7f}, gpt2_rank_64 = {count_trainable(gpt2):,}")
 
 
 if __name__ == "__main__":
