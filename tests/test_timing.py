@@ -389,7 +389,7 @@ def test_images_that_a_network_cannot_read_end_in_a_sentence(monkeypatch, flags,
 @pytest.mark.parametrize(
     ("name", "flags", "words"),
     [
-        (INFERENCE, ["--batch-sizes", "1;8"], "invalid read_sizes value: '1;8'"),
+        (INFERENCE, ["--batch-sizes", "1;8"], "invalid batch_sizes value: '1;8'"),
         (GPU_VS_CPU, ["--matrix-size", "4"], "must be 5 or more"),
         (GPU_VS_CPU, ["--iterations", "-8"], "must be 5 or more"),
         (GPU_VS_CPU, ["--iterations", "many"], "invalid int value: 'many'"),

@@ -167,7 +167,7 @@ def main(quick=False, model_name=MODEL, batch_sizes=BATCHES):
     print(f"Result: versions = {len(differences)}, outside_tolerance = {outside}")
 
 
-def read_sizes(text):
+def batch_sizes(text):
     return [int(size) for size in text.split(",")]  # argparse reports a ValueError
 
 
@@ -175,7 +175,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a short test, without compilers")
     parser.add_argument("--model-name", default=MODEL, help="of torchvision.models")
-    parser.add_argument("--batch-sizes", default=BATCHES, type=read_sizes, metavar="1,8")
+    parser.add_argument("--batch-sizes", default=BATCHES, type=batch_sizes, metavar="1,8")
     arguments = parser.parse_args()
     try:
         main(arguments.quick, arguments.model_name, arguments.batch_sizes)
