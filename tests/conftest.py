@@ -56,8 +56,10 @@ def copy_course(folder, with_data):
 def run(course, lesson, *flags, **options):
     """Run a lesson of a copied course as a learner does, but from another working directory."""
     command = [sys.executable, "-W", "error::DeprecationWarning", "-W", "error::FutureWarning"]
-    for theirs in ("Importing", "invalid escape sequence"):  # torchao 0.16, within transformers
-        command += ["-W", f"ignore:{theirs}:DeprecationWarning"]
+    theirs = ["Importing", "invalid escape sequence"]  # torchao 0.16, within transformers
+    theirs += ["'future.no_silent_downcasting", "The copy keyword"]  # pandas 3, within gradio
+    for message in theirs:
+        command += ["-W", f"ignore:{message}:DeprecationWarning"]
     path = course / "src" / f"{lesson}.py"
     return subprocess.run(
         [*command, path, *flags], check=False, capture_output=True, text=True, cwd="/", **options

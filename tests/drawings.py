@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import font_manager, get_data_path
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -300,17 +301,50 @@ def read(pipeline, pictures):
         return [result["digit"] for result in pipeline.predict_batch(images)]
 
 
+def show_failures(failures, path):
+    """Save pictures that are read wrong, each beside what the network sees of it."""
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    cells = figure.subplots(4, 8)
+    for axes in cells.flat:
+        axes.axis("off")
+    for number, (image, seen, label, answer) in enumerate(failures[:16]):
+        row, column = divmod(number, 4)
+        cells[row, 2 * column].imshow(image, cmap="gray", vmin=0, vmax=255)
+        cells[row, 2 * column].set_title(f"a {label}", fontsize=9)
+        cells[row, 2 * column + 1].imshow(seen, cmap="gray", vmin=0, vmax=1)
+        cells[row, 2 * column + 1].set_title(f"read as {answer}", fontsize=9)
+    figure.savefig(path, dpi=80)
+
+
+def as_image(image):
+    """Return a picture as a person would see it, on white."""
+    if isinstance(image, tuple):
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image[1])))
+    image = image.convert("RGBA")
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image)
+    return page.convert("RGB")
+
+
 def main():
     from conftest import load_lesson
 
     lesson = load_lesson("advanced/03_inference_pipeline")
     pipeline = lesson.MNISTInferencePipeline(ROOT / "models" / "mnist_cnn.pth")
+    failures = []
+    print("| Kind | Read right, of 100 | Needed |\n|---|---|---|")
     for kind, (_, least) in KINDS.items():
         pictures, labels = make_pictures(kind)
         answers = read(pipeline, pictures)
-        right = sum(np.equal(answers, labels))
-        refused = answers.count(None)
-        print(f"| {kind} | {right} | {refused} | {least} |", flush=True)
+        print(f"| {kind} | {sum(np.equal(answers, labels))} | {least} |", flush=True)
+        wrong = [
+            place for place in range(len(labels)) if answers[place] not in (labels[place], None)
+        ]
+        for place in wrong[:2]:
+            image = as_image(pictures[place])
+            seen = lesson.fit(lesson.to_gray(image))
+            failures.append((image, seen, labels[place], answers[place]))
+    show_failures(failures[-16:], ROOT / "data/results/pictures/advanced-13_failures.png")
 
 
 if __name__ == "__main__":

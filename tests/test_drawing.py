@@ -1,16 +1,28 @@
 """Digits as people draw, photograph and print them, and the page in the browser that reads them."""
 
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
-import torch
-from conftest import REAL_DATA, ROOT, load_lesson
+from conftest import REAL_DATA, ROOT, copy_course, load_lesson, run
 from drawings import KINDS, make_pictures, read
 
+PAGE = "advanced/13_draw_a_digit"
+SCREENSHOT = os.environ.get("SCREENSHOT")  # a file that the README's picture is written to
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
-# PICTURES: a hundred of each kind. The kinds, ranges and seeds stand in drawings.py.
+
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """The network of intermediate/02, as it is in models/, or trained now."""
+def network(tmp_path_factory):
+    """The file of intermediate/02: as it is in models/, or trained now."""
     path = ROOT / "models" / "mnist_cnn.pth"
     if not (REAL_DATA and path.exists()):
         lesson = load_lesson("intermediate/02_cnn")
@@ -19,14 +31,20 @@ def pipeline(tmp_path_factory):
             (lesson.ROOT / name).symlink_to(ROOT / name)
         lesson.main()
         path = lesson.ROOT / "models" / "mnist_cnn.pth"
-    return load_lesson("advanced/03_inference_pipeline").MNISTInferencePipeline(path)
+    return path
+
+
+# PICTURES: a hundred of each kind. The kinds, ranges and seeds stand in drawings.py.
+@pytest.fixture(scope="module")
+def pipeline(network):
+    return load_lesson("advanced/03_inference_pipeline").MNISTInferencePipeline(network)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_pictures_of_each_kind_are_read(pipeline, kind):
     pictures, labels = make_pictures(kind)
     if not pictures:
-        pytest.skip("matplotlib finds no font that it does not bring")
+        pytest.skip("this machine has no font but those that matplotlib brings")
     right = np.equal(read(pipeline, pictures), labels).sum()
     least = KINDS[kind][1]
     assert right >= (least if REAL_DATA else least - 10)  # 4,000 images teach less than 60,000
@@ -34,8 +52,100 @@ def test_a_hundred_pictures_of_each_kind_are_read(pipeline, kind):
 
 @pytest.mark.skipif(not REAL_DATA, reason="the real MNIST is not in data/")
 def test_what_is_mnist_already_stays_right(pipeline):
-    lesson = load_lesson("advanced/03_inference_pipeline")
-    images, labels = lesson.load_mnist(train=False)
+    images, labels = load_lesson("advanced/03_inference_pipeline").load_mnist(train=False)
     answers = [result["digit"] for result in pipeline.predict_batch(list(images.cpu()))]
     assert np.equal(answers, labels.tolist()).mean() >= 0.988
-    assert torch.is_tensor(images)
+
+
+def test_the_readme_shows_every_kind_and_no_more_than_is_asked_of_it():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for kind, (_, least) in KINDS.items():
+        row = re.search(rf"(?m)^\| {re.escape(kind)} \| (\d+) \| {least} \|$", readme)
+        assert row and int(row[1]) >= least, kind
+
+
+# PAGE: as a person uses it, in a real browser.
+@pytest.fixture(scope="module")
+def course(tmp_path_factory, network):
+    folder = copy_course(tmp_path_factory.mktemp("page"), with_data=False)
+    (folder / "models" / "quick").mkdir(parents=True)
+    shutil.copy(network, folder / "models")
+    shutil.copy(network, folder / "models" / "quick")
+    return folder
+
+
+@pytest.fixture
+def server(course):
+    """The lesson on a terminal, and the address that it prints."""
+    pytest.importorskip("gradio")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, course / "src" / f"{PAGE}.py"]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        with os.fdopen(ours, encoding="utf-8", errors="replace") as lines:
+            text = ""
+            while "Ctrl-C" not in text:
+                text = lines.readline()
+            yield process, re.search(r"http://127\.0\.0\.1:\d+", text)[0]
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=30)
+
+
+def draw(page, corners):
+    """Draw a line with the mouse, its corners given on a sheet of 10 x 10; return when it ended."""
+    box = page.locator("canvas").first.bounding_box()
+    center = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for number, (x, y) in enumerate(corners):
+        page.mouse.move(center[0] + 24 * (x - 5), center[1] + 24 * (y - 5), steps=8)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+    return time.perf_counter()
+
+
+def test_a_drawing_is_read_in_the_browser(server):
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api")
+    process, url = server
+    hosts = set()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 600})
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
+        page.goto(url)
+        page.wait_for_selector('button[aria-label="Brush"].highlight')
+        draw(page, [(3, 2), (6, 2), (7, 3), (5, 5), (7, 6)])
+        page.wait_for_selector("text=This is a")
+        before = page.inner_text(".prose")
+        end = draw(page, [(7, 6), (6, 8), (3, 8)])
+        changed = "before => document.querySelector('.prose').innerText != before"
+        page.wait_for_function(changed, arg=before, polling=20)
+        seconds = time.perf_counter() - end
+        print(f"The answer stands on the page {seconds:.2f} s after the stroke.")
+        assert page.inner_text(".prose").startswith("This is a 3")
+        assert page.locator("img").count() >= 2, "what the network sees, and its filters"
+        if SCREENSHOT:
+            page.wait_for_timeout(1000)
+            clip = {"x": 100, "y": 10, "width": 1000, "height": 525}
+            page.screenshot(path=SCREENSHOT, clip=clip)
+        browser.close()
+    assert hosts == {"127.0.0.1"}
+    assert seconds < 5, "about 0.7 on two idle cores"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+
+
+def test_a_port_that_is_taken_is_named(course):
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        failed = run(course, PAGE, "--quick", "--port", str(port))
+    assert failed.returncode == 1
+    assert failed.stderr == f"Port {port} is taken. Choose a different one: --port {port + 1}\n"
+
+
+def test_without_gradio_a_sentence_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="pip install gradio"):
+        load_lesson(PAGE).main(quick=True)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torchvision import datasets
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -58,8 +58,8 @@ class CNN(nn.Module):
 
 # TRAINING: what must survive from one call to the next is kept in self.
 class MNISTTrainingPipeline:
-    def __init__(self, num_classes=10, lr=LEARNING_RATE):
-        self.model = CNN(num_classes).to(DEVICE, memory_format=torch.channels_last)
+    def __init__(self, lr=LEARNING_RATE):
+        self.model = CNN().to(DEVICE, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.lr = lr
         print(f"Training pipeline ready | device: {DEVICE}")
@@ -69,29 +69,22 @@ class MNISTTrainingPipeline:
         images, labels = data or load_mnist(train=True)
         images, labels = images.to(DEVICE), labels.to(DEVICE)
         steps = epochs * math.ceil(len(labels) / BATCH_SIZE)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, self.lr, total_steps=steps, cycle_momentum=False
-        )
+        schedule = OneCycleLR(self.optimizer, self.lr, steps, cycle_momentum=False)
         self.model.train()
         for epoch in range(1, epochs + 1):
-            total_loss = torch.zeros((), device=DEVICE)
-            batches = torch.randperm(len(labels), device=DEVICE).split(BATCH_SIZE)
-            for batch in tqdm(batches, f"Epoch {epoch}", leave=False, disable=None):
+            for batch in torch.randperm(len(labels), device=DEVICE).split(BATCH_SIZE):
                 loss = F.cross_entropy(self.model(images[batch]), labels[batch])
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
                 schedule.step()
-                total_loss += loss.detach()
-            print(f"Epoch {epoch}/{epochs} | Loss: {total_loss / len(batches):.4f}")
+            print(f"Epoch {epoch}/{epochs} | Loss: {loss:.4f}")
 
     def save(self, path):
         """Write a temporary file, then rename it. A crash never leaves half a checkpoint."""
         part = Path(f"{path}.{os.getpid()}.part")
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save(self.model.state_dict(), file)
+            torch.save(self.model.state_dict(), part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -106,24 +99,35 @@ def to_gray(image):
     if isinstance(image, torch.Tensor):
         image = image.detach().float().cpu()
     if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):  # 8 bits or less
-        image = image.convert("RGBA")
-    values = np.asarray(image, dtype=np.float32)
-    if values.ndim == 2:
-        values = values[..., None]  # [H, W] -> [H, W, 1]
-    elif values.ndim == 3 and len(values) in (1, 3, 4):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    values = np.atleast_3d(np.asarray(image, dtype=np.float32))  # [H, W] -> [H, W, 1]
+    if len(values) in (1, 3, 4):
         values = np.moveaxis(values, 0, 2)  # [C, H, W] -> [H, W, C]
-    if values.ndim != 3 or values.shape[2] not in (1, 3, 4) or values.size == 0:
+    if values.ndim > 3 or values.shape[2] not in (1, 3, 4):
         raise ValueError(f"no image has the shape {values.shape}")
     if not np.isfinite(values).all():
         raise ValueError("it contains NaN or infinite values")
     gray = values[..., :3].mean(axis=2)
-    if values.shape[2] == 4 and values[..., 3].any():  # lay paper under the transparent parts
+    if values.shape[2] == 4 and values[..., 3].any():
         opacity = values[..., 3] / values[..., 3].max()
-        paper = np.average(gray, weights=opacity)
         if opacity.mean() < 0.5:  # only the digit is opaque
-            paper = 0 if paper > values.max() / 2 else values.max()
-        gray = gray * opacity + paper * (1 - opacity)
+            return opacity
+        gray[opacity < 1] = np.median(gray)  # a hole in the page
     return gray
+
+
+def resize(image, factor):
+    """Return an image [1, 1, H, W] in another size."""
+    size = [max(1, round(factor * side)) for side in image.shape[2:]]
+    return F.interpolate(image, size, mode="bilinear", antialias=True)
+
+
+def find_paper(image):
+    """Return the brightness of the paper: what is dark and narrow, such as a stroke, is filled."""
+    reach = max(1, max(image.shape) // 6)
+    wide = F.pad(image, [2 * reach] * 4, mode="replicate")  # the paper continues
+    lightest = F.max_pool2d(wide, 2 * reach + 1, stride=1)
+    return -F.max_pool2d(-lightest, 2 * reach + 1, stride=1)
 
 
 def fit(gray):
@@ -131,26 +135,35 @@ def fit(gray):
     low, high = gray.min(), gray.max()
     if high - low <= 0.05 * max(abs(low), abs(high)):
         raise ValueError("it is blank")
+    page = torch.from_numpy((gray - low) / (high - low)).float()[None, None]  # [1, 1, H, W]
+    small = resize(page, min(1, 48 / max(page.shape)))
+    reach = max(small.shape) // 3
+    lightest = F.max_pool2d(small, 2 * reach + 1, stride=1, padding=reach)
+    darkest = -F.max_pool2d(-small, 2 * reach + 1, stride=1, padding=reach)
+    darkness = lightest + darkest - 2 * small
+    if darkness.sum() > darkness[..., 1:-1, 1:-1].sum():  # at the border: the paper is dark
+        page = 1 - page
+        small = 1 - small
     # README: start
-    gray = torch.from_numpy((gray - low) / (high - low))
-    paper = torch.cat([gray[0], gray[-1], gray[:, 0], gray[:, -1]]).median()  # of the border
-    ink = paper - gray if paper > 0.5 else gray - paper  # dark on light, or light on dark
-    gray = (ink / max(paper, 1 - paper)).clamp(min=0)
-    if gray.shape == (28, 28):
-        return gray
-    rows = (gray > 0.5).any(dim=1).nonzero().flatten()
-    columns = (gray > 0.5).any(dim=0).nonzero().flatten()
-    gray = gray[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # cut out the digit
+    paper = find_paper(small).clamp(min=0.1)  # with its shadows
+    around = F.avg_pool2d(1 - small / paper, 3, stride=1, padding=1)
+    digit = around > 0.2 * around.max()  # a speck has little ink around it
+    columns = digit.any(dim=2).nonzero()[:, -1]
+    if (columns.diff() > 1 + 0.1 * digit.any(dim=3).sum()).any():
+        raise ValueError("it seems to show several digits, and the network reads one")
+    paper = F.interpolate(paper, page.shape[2:], mode="bilinear")
+    ink = (1 - page / paper).clamp(min=0) * F.interpolate(digit.float(), page.shape[2:])
+    rows, columns = (ink[0, 0] > 0.4 * ink.max()).nonzero(as_tuple=True)
+    ink = ink[..., rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    ink = resize(ink, SIDE / max(ink.shape))[0, 0]
+    ink = (ink / ink[ink > 0].quantile(0.9)).clamp(max=1)  # a thin pen has become pale
     # README: end
-    size = [max(1, round(SIDE * side / max(gray.shape))) for side in gray.shape]
-    gray = F.interpolate(gray[None, None], size, mode="bilinear", antialias=True)[0, 0]
-    start = []
-    for axis, side in enumerate(size):  # move the center of mass to the middle
-        ink = gray.sum(dim=1 - axis)
-        center = (ink @ torch.arange(side, dtype=torch.float32) / ink.sum()).item()
-        start.append(min(max(round(14 - center), 0), 28 - side))
-    right = 28 - start[1] - size[1]
-    return F.pad(gray, (start[1], right, start[0], 28 - start[0] - size[0]))
+    height, width = ink.shape
+    top = 14 - ink.sum(dim=1) @ torch.arange(height).float() / ink.sum()
+    left = 14 - ink.sum(dim=0) @ torch.arange(width).float() / ink.sum()
+    top = round(top.clamp(0, 28 - height).item())  # the center of mass comes to the middle
+    left = round(left.clamp(0, 28 - width).item())
+    return F.pad(ink, (left, 28 - width - left, top, 28 - height - top))
 
 
 # INFERENCE: other programs import this class, so it raises errors and never exits.
@@ -213,15 +226,15 @@ def main(quick=False, image=None, model=None):
     torch.manual_seed(SEED)
     subprocess.run([sys.executable, ROOT / "scripts/get_data.py", "MNIST"], check=True)
     images, labels = load_mnist(train=True)
-    if quick:
-        images, labels = images[:2000], labels[:2000]
     trainer = MNISTTrainingPipeline()
-    trainer.train(1 if quick else EPOCHS, (images, labels))
+    limit = 2000 if quick else None
+    trainer.train(1 if quick else EPOCHS, (images[:limit], labels[:limit]))
+    path.parent.mkdir(parents=True, exist_ok=True)
     trainer.save(path)
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
     pipeline = MNISTInferencePipeline(path)
     images, labels = load_mnist(train=False)
-    step = 20 if quick else 2  # every second image
+    step = 20 if quick else 4  # every fourth image
     images, labels = images[::step].cpu(), labels[::step].tolist()
     mixed = [images[0], "missing.png", scan(images[1]), images[2] * math.nan]
     refused = show_answers(["as it is", "no file", "scan", "NaN"], pipeline.predict_batch(mixed))
