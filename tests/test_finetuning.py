@@ -326,7 +326,7 @@ def test_the_answers_are_compared_word_for_word(lora, monkeypatch, capsys):
     model = lora.add_lora(load_base(lora)[0], "all-linear")
     pairs = [("a?", "A is B."), ("b?", "B is C."), ("c?", "C is D.")]
     answers = ["A is B.", "B is C", "no idea"]
-    monkeypatch.setattr(lora, "ask", lambda model, tokenizer, questions: answers[: len(questions)])
+    monkeypatch.setattr(lora, "ask_model", lambda model, tokenizer, asked: answers[: len(asked)])
     assert lora.show_best_and_worst(model, None, "terms", pairs) == pytest.approx(1 / 3)
     output = capsys.readouterr().out
     assert re.findall("Question: (.*)", output) == ["a?", "c?"], "the best and the worst"

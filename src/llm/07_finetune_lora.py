@@ -139,7 +139,7 @@ def draw(curves):
 
 # ASK: the answer always takes the likeliest token. All questions are one batch.
 @torch.inference_mode()
-def ask(model, tokenizer, questions):
+def ask_model(model, tokenizer, questions):
     chats = [[{"role": "user", "content": question}] for question in questions]
     options = {"padding": True, "return_tensors": "pt"}
     batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options).to(DEVICE)
@@ -150,11 +150,11 @@ def ask(model, tokenizer, questions):
 def show_best_and_worst(model, tokenizer, name, pairs):
     """Print the best and the worst answer; return the share that is right, word for word."""
     questions, sentences = zip(*pairs, strict=True)
-    answers = ask(model, tokenizer, questions)
+    answers = ask_model(model, tokenizer, questions)
     scores = [SequenceMatcher(None, *both).ratio() for both in zip(answers, sentences, strict=True)]
     for place, index in [("best", scores.index(max(scores))), ("worst", scores.index(min(scores)))]:
         with model.disable_adapter():
-            before = ask(model, tokenizer, [questions[index]])[0]
+            before = ask_model(model, tokenizer, [questions[index]])[0]
         print(f"{name}, {place} answer:\nQuestion: {questions[index]}")
         print(f"Glossary: {sentences[index]}\nBefore: {before!r}\nAfter: {answers[index]!r}")
     return scores.count(1.0) / len(scores)
