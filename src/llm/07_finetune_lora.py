@@ -169,16 +169,16 @@ def main(quick=False, questions=ROOT / "data/qa.jsonl"):
     base, tokenizer = load_folder(ROOT / models / "smollm2", lesson)
     tokenizer.padding_side = "left"  # each question then ends where its answer begins
     collate = DataCollatorForSeq2Seq(tokenizer)  # pads to the longest, labels with -100
-    tests = {}
+    loaders = {}
     for name, part in pairs.items():
-        items = [encode(tokenizer, *pair) for pair in part]
-        tests[name] = DataLoader(items, BATCH_SIZE, name == "train", collate_fn=collate)
+        rows = [encode(tokenizer, *pair) for pair in part]
+        loaders[name] = DataLoader(rows, BATCH_SIZE, shuffle=name == "train", collate_fn=collate)
     torch.manual_seed(SEED)
     with torch.device("meta"):  # shapes without numbers: nothing is downloaded
         gpt2 = add_lora(AutoModelForCausalLM.from_config(GPT2Config()), ["c_attn"])
     model = add_lora(base, "all-linear")
     model.peft_config["default"].base_model_name_or_path = f"{models}/smollm2"
-    curves = train(model, tests.pop("train"), tests, epochs=1 if quick else EPOCHS)
+    curves = train(model, loaders.pop("train"), loaders, epochs=1 if quick else EPOCHS)
     with TemporaryDirectory(dir=ROOT / models, suffix=".part") as part:  # renamed when complete
         model.save_pretrained(Path(part, "smollm2_lora"))
         shutil.rmtree(ROOT / models / "smollm2_lora", ignore_errors=True)
