@@ -411,12 +411,12 @@ def test_lora_by_hand_equals_peft_and_merges(folders):
     lesson = load_lesson("llm/11_lora_by_hand")
     base, _ = lesson.load_folder(folders / "smollm2", "src/llm/06.py")
     ids = torch.arange(30, device=lesson.DEVICE).unsqueeze(0)
-    model = lesson.insert_lora(base, 4, lesson.LAYERS)
+    model = lesson.insert_lora(base, 4, ["q_proj", "v_proj"])
     loras = [layer for layer in model.modules() if isinstance(layer, lesson.LoRA)]
     assert len(loras) == 4
     before = base(ids).logits
     assert torch.equal(model(ids).logits, before), "B starts with zeros"
-    config = LoraConfig(r=4, lora_alpha=4 * lesson.SCALE, target_modules=lesson.LAYERS)
+    config = LoraConfig(r=4, lora_alpha=4 * lesson.SCALE, target_modules=["q_proj", "v_proj"])
     theirs = get_peft_model(base, config).eval()
     others = [layer for layer in theirs.modules() if hasattr(layer, "lora_A")]
     for lora, other in zip(loras, others, strict=True):
@@ -434,7 +434,7 @@ def test_lora_by_hand_equals_peft_and_merges(folders):
 def test_lora_by_hand_trains_the_small_matrices_alone(folders):
     lesson = load_lesson("llm/11_lora_by_hand")
     base, _ = lesson.load_folder(folders / "smollm2", "src/llm/06.py")
-    model = lesson.insert_lora(base, 4, lesson.LAYERS)
+    model = lesson.insert_lora(base, 4, ["q_proj", "v_proj"])
     assert lesson.count_trainable(model) == 2 * (4 * (32 + 32) + 4 * (32 + 16))
     model(torch.arange(30, device=lesson.DEVICE).unsqueeze(0)).logits.sum().backward()
     loras = [layer for layer in model.modules() if isinstance(layer, lesson.LoRA)]

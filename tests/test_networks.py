@@ -132,7 +132,7 @@ def test_a_plateau_halves_the_rate():
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
 
 
-# SAVE AND LOAD: "identical" means every bit.
+# SAVE AND LOAD: "equal" means every bit.
 def run_save_load(lesson, tmp_path, capsys):
     lesson.ROOT = tmp_path
     lesson.main(quick=True)
@@ -141,7 +141,7 @@ def run_save_load(lesson, tmp_path, capsys):
 
 def test_one_other_bit_in_a_reloaded_network_is_seen(tmp_path, capsys):
     lesson = load_lesson("intermediate/01_save_load")
-    assert run_save_load(lesson, tmp_path, capsys)["reloaded"] == "identical"
+    assert run_save_load(lesson, tmp_path, capsys)["reloaded_equal"] == "True"
     load = lesson.load
 
     def load_almost(*arguments):
@@ -152,13 +152,13 @@ def test_one_other_bit_in_a_reloaded_network_is_seen(tmp_path, capsys):
         return model
 
     lesson.load = load_almost
-    assert run_save_load(lesson, tmp_path, capsys)["reloaded"] == "different"
+    assert run_save_load(lesson, tmp_path, capsys)["reloaded_equal"] == "False"
 
 
 @pytest.mark.parametrize("forgotten", ["optimizer", "model"])
 def test_training_that_goes_on_without_a_part_of_its_state_is_seen(tmp_path, capsys, forgotten):
     lesson = load_lesson("intermediate/01_save_load")
-    assert run_save_load(lesson, tmp_path, capsys)["resumed"] == "identical"
+    assert run_save_load(lesson, tmp_path, capsys)["resumed_equal"] == "True"
 
     def load_a_part(training, state):
         for name in {"model", "optimizer"} - {forgotten}:
@@ -166,7 +166,7 @@ def test_training_that_goes_on_without_a_part_of_its_state_is_seen(tmp_path, cap
         training.step = state["step"]
 
     lesson.Training.load_state_dict = load_a_part
-    assert run_save_load(lesson, tmp_path, capsys)["resumed"] == "different"
+    assert run_save_load(lesson, tmp_path, capsys)["resumed_equal"] == "False"
 
 
 def test_a_stopped_training_goes_on_in_a_new_process(tmp_path):

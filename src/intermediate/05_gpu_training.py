@@ -61,7 +61,7 @@ def attempt(name, function, *arguments):
         print(f"  {name}: {str(error).splitlines()[0]}")
 
 
-# LOADING: how many images per second reach the device?
+# LOADING: images per second that reach the device, after two epochs that do not count.
 def compare_loaders(tensors, pictures):
     workers = {"num_workers": WORKERS, "persistent_workers": WORKERS > 0}
     loaders = {
@@ -76,8 +76,7 @@ def compare_loaders(tensors, pictures):
     epoch = "for images, _ in loader: images.to(device, non_blocking=loader.pin_memory)"
     for name, loader in loaders.items():
         timer = Timer(epoch, globals={"loader": loader, "device": DEVICE})
-        rate = len(loader.dataset) / timer.timeit(4).mean  # after two epochs that do not count
-        print(f"  {name:26} {rate:9,.0f} images/s")
+        print(f"  {name:26} {len(loader.dataset) / timer.timeit(4).mean:9,.0f} images/s")
 
 
 # TRAIN: the network is on the device already. The images and the labels follow, batch by batch.
@@ -110,11 +109,10 @@ def main(quick=False):
     tensors = TensorDataset(images, pictures.targets[:count])
     print(f"Training on {DEVICE}. If one of the three is not moved, PyTorch says:")
     show_mistakes(*tensors[:8])
-    sample = range(min(count, 10_000))
+    sample = range(count // 6)
     compare_loaders(Subset(tensors, sample), Subset(pictures, sample))
     model = MLP().to(DEVICE)
     train(model, DataLoader(tensors, BATCH_SIZE, shuffle=True), epochs=1 if quick else EPOCHS)
-
     test_set = FashionMNIST(ROOT / "data", train=False)
     with torch.inference_mode():
         predicted = model(test_set.data.unsqueeze(1).to(DEVICE) / 255).argmax(dim=1).cpu()

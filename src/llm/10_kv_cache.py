@@ -24,7 +24,6 @@ DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.de
 PROMPT = "def forward(self"
 LENGTHS = [32, 64, 128, 256]  # tokens in all; 256 is the context of llm/05
 ROUNDS = 5
-NEW_TOKENS = 48  # that SmolLM2 writes
 
 
 def load_folder(folder, lesson):
@@ -73,15 +72,13 @@ def forward(model, ids, caches=None):  # [N, T], and one cache for each block
 @torch.inference_mode()
 def generate(model, ids, total, use_cache):
     """Continue ids [1, T] to `total` tokens. Without a cache, each step computes all of them."""
-    caches = None
     new = ids
+    caches = None
     while ids.shape[1] < total:
-        if use_cache:
-            logits, caches = forward(model, new, caches)
-        else:
-            logits, _ = forward(model, ids)
-        new = logits[:, -1:].argmax(dim=-1)  # [1, 1]
-        ids = torch.cat([ids, new], dim=1)
+        logits, caches = forward(model, new, caches if use_cache else None)
+        token = logits[:, -1:].argmax(dim=-1)  # [1, 1]
+        ids = torch.cat([ids, token], dim=1)
+        new = token if use_cache else ids
     return ids
 
 
@@ -118,7 +115,7 @@ def main(quick=False):
 
     model, tokenizer = load_folder(models / "smollm2", "src/llm/06_pretrained_llm.py" + flag)
     inputs = tokenizer("Machine learning is", return_tensors="pt").to(DEVICE)
-    new = 8 if quick else NEW_TOKENS
+    new = 8 if quick else 48
     options = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
     without, with_cache, same = time_both(partial(model.generate, **inputs, **options), rounds=1)
     agree.append(same)

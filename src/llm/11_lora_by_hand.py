@@ -22,7 +22,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 SCALE = 4  # peft's alpha / rank
-LAYERS = ["q_proj", "v_proj"]  # queries and values, as in the paper
 TERMS = 16  # of the glossary are learned
 EPOCHS = 6
 
@@ -113,7 +112,7 @@ def main(quick=False):
     print("Rank | trained | loss: learned | unseen terms")
     for rank in [0, 1, 8, 64]:
         torch.manual_seed(42)
-        model = insert_lora(base, rank, LAYERS)
+        model = insert_lora(base, rank, ["q_proj", "v_proj"])  # the layers of the paper
         if rank > 0:  # without a LoRA, there is nothing to train
             train(model, learned, epochs=1 if quick else EPOCHS)
         losses = f"{evaluate(model, learned):.2f} | {evaluate(model, unseen):.2f}"
