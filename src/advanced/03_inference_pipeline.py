@@ -84,7 +84,8 @@ class MNISTTrainingPipeline:
         """Write a temporary file, then rename it. A crash never leaves half a checkpoint."""
         part = Path(f"{path}.{os.getpid()}.part")
         try:
-            torch.save(self.model.state_dict(), part)
+            with part.open("wb") as file:  # an open file reports a full disk as OSError
+                torch.save(self.model.state_dict(), file)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -98,7 +99,7 @@ def to_gray(image):
             return to_gray(ImageOps.exif_transpose(file))  # turn it as the camera was held
     if isinstance(image, torch.Tensor):
         image = image.detach().float().cpu()
-    if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):  # 8 bits or less
+    if isinstance(image, Image.Image) and image.mode not in ("L", "I", "I;16", "F"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     values = np.atleast_3d(np.asarray(image, dtype=np.float32))  # [H, W] -> [H, W, 1]
     if len(values) in (1, 3, 4):
@@ -136,7 +137,7 @@ def fit(gray):
     if high - low <= 0.05 * max(abs(low), abs(high)):
         raise ValueError("it is blank")
     page = torch.from_numpy((gray - low) / (high - low)).float()[None, None]  # [1, 1, H, W]
-    small = resize(page, min(1, 48 / max(page.shape)))
+    small = resize(page, min(1, 40 / max(page.shape)))  # to look for paper and ink
     reach = max(small.shape) // 3
     lightest = F.max_pool2d(small, 2 * reach + 1, stride=1, padding=reach)
     darkest = -F.max_pool2d(-small, 2 * reach + 1, stride=1, padding=reach)
