@@ -149,15 +149,15 @@ def train(model, tokenizer, tokens, validation, steps):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(loss.detach())  # as a number, it would make Python wait for the GPU
+            losses.append(loss.item())  # a number: kept tensors would fragment the memory
             if step % every == 0:
                 checks[step] = evaluate(model, validation)
-                recent = sum(loss.item() for loss in losses[-every:]) / every
+                recent = sum(losses[-every:]) / every
                 report = f"train loss {recent:.4f} | validation loss {checks[step]:.4f}"
                 tqdm.write(f"Step {step} | {report} | {generate(model, tokenizer)!r}")
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C. Saving the model that you have so far.")
-    return [loss.item() for loss in losses], checks
+    return losses, checks
 
 
 def draw(losses, checks):
