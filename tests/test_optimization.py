@@ -398,7 +398,14 @@ def seven():
     return picture
 
 
+def picture_of(values):
+    """Return a PIL image of an array or a tensor [H, W]."""
+    return Image.fromarray(np.asarray(values, dtype=np.float32))
+
+
 def fitted(lesson, image):
+    if isinstance(image, np.ndarray | torch.Tensor):
+        image = picture_of(image)
     return lesson.fit(lesson.to_gray(image))
 
 
@@ -423,19 +430,6 @@ KINDS = {  # the same 7, light on dark unless it says otherwise
     "black ink, nothing under it": lambda p: Image.fromarray(rgba(0 * p, p)),
     "white ink, nothing under it": lambda p: Image.fromarray(rgba(0 * p + 255, p)),
     "faint": lambda p: Image.fromarray((120 - p // 8).astype(np.uint8)),
-    "array": lambda p: p,
-    "0/1 mask": lambda p: p > 0,
-    "array [H, W, 3]": lambda p: np.stack([p] * 3, axis=2),
-    "array [H, W, 4]": lambda p: rgba(0 * p, p),
-    "16 bit array": lambda p: p.astype(np.uint16) * 257,
-    "big-endian array": lambda p: p.astype(">u2"),
-    "tensor [H, W]": torch.from_numpy,
-    "tensor [1, H, W]": lambda p: torch.from_numpy(p)[None] / 255,
-    "tensor [3, H, W]": lambda p: torch.from_numpy(p).expand(3, -1, -1),
-    "standardized tensor": lambda p: (torch.from_numpy(p)[None] / 255 - 0.1307) / 0.3081,
-    "bfloat16 with gradient": lambda p: torch.tensor(
-        p / 255, dtype=torch.bfloat16, requires_grad=True
-    ),
 }
 
 
@@ -496,7 +490,7 @@ def test_page_and_place_do_not_matter_and_nothing_is_stretched(lesson, seven, pa
 def test_odd_sizes_are_no_trouble(lesson, shape):
     image = np.zeros(shape)
     image.flat[image.size // 2] = 1
-    assert fitted(lesson, image[None]).shape == (28, 28)
+    assert fitted(lesson, image).shape == (28, 28)
 
 
 def test_a_prepared_image_stays_as_it_is_in_both_colors(lesson, seven):
@@ -533,6 +527,7 @@ def pipeline(lesson, tmp_path):
 
 
 def test_a_result_is_what_the_network_answers(lesson, pipeline, seven):
+    seven = picture_of(seven)
     result = pipeline.predict(seven)
     logits = pipeline.model(fitted(lesson, seven)[None, None].to(lesson.DEVICE))
     expected = logits.softmax(dim=1)[0].tolist()
@@ -567,37 +562,32 @@ def spoiled_file(kind, folder):
 
 BAD_FILES = ["missing", "a folder", "empty", "text", "cut off", "blank", "too large"]
 BAD_VALUES = {
-    "NaN": np.full((28, 28), np.nan),
-    "inf": torch.full((1, 28, 28), float("inf")),
-    "empty": np.zeros((0, 28)),
-    "one number": np.float32(7),
-    "one row": np.zeros(784),
-    "a batch": torch.rand(2, 1, 28, 28),
-    "seven channels": np.random.default_rng(0).random((28, 28, 7)),
-    "blank": torch.ones(28, 28),
-    "almost blank": np.random.default_rng(0).integers(245, 255, (90, 90), dtype=np.uint8),
-    "nothing at all": np.zeros((20, 20, 4), np.uint8),
+    "NaN": picture_of(np.full((28, 28), np.nan)),
+    "infinite": picture_of(np.full((28, 28), np.inf)),
+    "blank": picture_of(np.ones((28, 28))),
+    "almost blank": picture_of(np.random.default_rng(0).integers(245, 255, (90, 90))),
+    "nothing at all": Image.new("RGBA", (20, 20)),
     "nothing": None,
+    "an array": np.zeros((28, 28)),
     "a dictionary": {"digit": 7},
-    "words": [["a", "b"], ["c", "d"]],
 }
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_a_bad_file_is_named_and_the_others_are_answered(pipeline, seven, tmp_path, kind):
     bad = spoiled_file(kind, tmp_path)
+    seven = picture_of(seven)
     first, result, last = pipeline.predict_batch([seven, bad, seven])
     assert "error" not in first
     assert first["all_probs"] == last["all_probs"]
     assert result["error"].startswith(f"{bad} cannot be read: ")
     assert result["digit"] is None
-    with pytest.raises(ValueError, match="cannot be read"):
-        pipeline.predict(bad)
+    assert pipeline.predict(bad) == result
 
 
 @pytest.mark.parametrize("kind", BAD_VALUES)
 def test_a_bad_value_is_counted_and_the_others_are_answered(pipeline, seven, kind):
-    first, result = pipeline.predict_batch([seven, BAD_VALUES[kind]])
+    first, result = pipeline.predict_batch([picture_of(seven), BAD_VALUES[kind]])
     assert "error" not in first
     assert result["error"].startswith("Image 2 cannot be read: ")
     assert "\n" not in result["error"]
@@ -642,6 +632,7 @@ spec = importlib.util.spec_from_file_location("pipelines", sys.argv[1])
 pipelines = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pipelines)
 import numpy, torch
+from PIL import Image
 trainer = pipelines.MNISTTrainingPipeline(lr=0.001)
 trainer.train(epochs=1, data=(torch.rand(64, 1, 28, 28), torch.arange(64) % 10))
 trainer.save("mine.pth")
@@ -649,7 +640,8 @@ pipeline = pipelines.MNISTInferencePipeline("mine.pth")
 images = torch.rand(500, 1, 28, 28).to(pipelines.DEVICE)
 with torch.inference_mode():
     assert torch.equal(trainer.model.eval()(images), pipeline.model(images))
-assert pipeline.predict(numpy.eye(50))["digit"] in range(10)
+image = Image.fromarray(numpy.eye(50, dtype=numpy.float32))
+assert pipeline.predict(image)["digit"] in range(10)
 print("imported, trained, saved, loaded, asked")
 """
 

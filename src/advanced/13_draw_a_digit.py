@@ -82,7 +82,7 @@ def find_paper(image):
 def fit(gray):
     """Return gray values [H, W] as an image [28, 28] that looks like MNIST: ink 1, paper 0."""
     low, high = gray.min(), gray.max()
-    if high - low <= 0.05 * max(abs(low), abs(high)):
+    if not high - low > 0.05 * max(abs(low), abs(high)):
         raise ValueError("it is blank")
     page = torch.from_numpy((gray - low) / (high - low)).float()[None, None]  # [1, 1, H, W]
     small = resize(page, min(1, 40 / max(page.shape)))  # to look for paper and ink
