@@ -137,13 +137,13 @@ def fit(gray):
     if darkness.sum() > darkness[..., 1:-1, 1:-1].sum():  # at the border: the paper is dark
         page = 1 - page
         small = 1 - small
-    # README: start
     paper = find_paper(small).clamp(min=0.1)  # with its shadows
     around = F.avg_pool2d(1 - small / paper, 3, stride=1, padding=1)
     digit = around > 0.2 * around.max()  # a speck has little ink around it
     columns = digit.any(dim=2).nonzero()[:, -1]
     if (columns.diff() > 1 + 0.1 * digit.any(dim=3).sum()).any():
         raise ValueError("it seems to show several digits, and the network reads one")
+    # README: start
     paper = F.interpolate(paper, page.shape[2:], mode="bilinear")
     ink = (1 - page / paper).clamp(min=0) * F.interpolate(digit.float(), page.shape[2:])
     rows, columns = (ink[0, 0] > 0.4 * ink.max()).nonzero(as_tuple=True)
