@@ -8,7 +8,6 @@ import sys
 import course
 import draw_pictures
 import pytest
-import render
 from conftest import LESSONS, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,7 +82,7 @@ def test_pictures_exist_and_say_what_they_show():
     for lesson in LESSONS:
         for file in course.files_in(course.read_card(lesson)["Makes"]):
             if file.endswith(".png"):
-                assert f"{render.PICTURES}/{file.split('/')[-1]}" in shown, file
+                assert f"{course.PICTURES}/{file.split('/')[-1]}" in shown, file
 
 
 def test_drawings_are_the_ones_that_the_script_draws(tmp_path):
