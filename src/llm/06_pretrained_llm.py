@@ -80,22 +80,22 @@ def show_next_token(model, tokenizer):
     logits = model(ids).logits[0, -1].float()  # [vocabulary]
     likeliest = logits.topk(5).indices
     print(f"{TEXT}\nNext:", ", ".join(repr(tokenizer.decode(token)) for token in likeliest))
+    # README: start
     for temperature in TEMPERATURES:
         probabilities = torch.softmax(logits / temperature, dim=0)
         sums = probabilities.sort(descending=True).values.cumsum(dim=0)
         kept = (sums < TOP_P).sum() + 1  # the fewest tokens that make up TOP_P
         shares = " ".join(f"{share:6.1%}" for share in probabilities[likeliest])
         print(f"  at temperature {temperature}: {shares}, top-p {TOP_P} keeps {kept}")
+    # README: end
 
 
-# README: start
 def write_chat(tokenizer, question):
     """Return the text that the model continues: the question in the model's own chat template."""
     if tokenizer.chat_template is None:  # a model that saw no conversations, such as GPT-2
         return f"Question: {question}\nAnswer:"
     messages = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # README: end
 
 
 # ANSWER: the model writes one token after the other. Several questions form one batch.

@@ -62,7 +62,6 @@ def read_questions(path):
     return pairs
 
 
-# README: start
 def encode(tokenizer, question, answer):
     """Return the token ids of a conversation. The loss does not count labels of -100."""
     messages = [{"role": "user", "content": question}]
@@ -71,7 +70,6 @@ def encode(tokenizer, question, answer):
     if len(prompt + reply) > LONGEST:
         sys.exit(f"A question and its answer have more than {LONGEST} tokens: {question[:60]!r}")
     return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
-    # README: end
 
 
 def load_folder(folder, lesson):
@@ -90,11 +88,13 @@ def add_lora(model, layers):
     from peft import LoraConfig, get_peft_model
 
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # from inside peft
+    # README: start
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, task_type="CAUSAL_LM")
     config.fan_in_fan_out = model.config.model_type == "gpt2"  # it stores matrices transposed
     tuned = get_peft_model(model, config)
     print(f"LoRA on {layers} of {model.config.model_type}", end=": ")
     tuned.print_trainable_parameters()
+    # README: end
     return tuned
 
 
