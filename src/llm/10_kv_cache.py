@@ -100,11 +100,11 @@ def main(quick=False):
     model, tokenizer = load_folder(models / "gpt2_mini", "src/llm/05_pretrain_gpt2.py" + flag)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=DEVICE)  # [1, T]
     agree = []
-    print("Tokens | without a cache | with a cache | speed-up")
+    print("Tokens | without a cache | with a cache | gain")
     for length in LENGTHS[:1] if quick else LENGTHS:
         write = partial(generate, model, ids, min(length, model.config.n_positions))
         without, with_cache, same = time_both(write, rounds=1 if quick else ROUNDS)
-        print(f"{length:6} | {without:13.3f} s | {with_cache:10.3f} s | {without / with_cache:.1f}x")
+        print(f"{length:6} | {without:13.3f} s | {with_cache:10.3f} s | {without / with_cache:.1f}")
         agree.append(same)
     text = write(use_cache=True)
     with torch.inference_mode():
