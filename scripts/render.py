@@ -183,9 +183,11 @@ def fill_run(words, root, records):
     card = read_card(root / "src" / f"{name}.py")
     machine, entry = find_record("lessons", name, records)
     printed = read_capture(name, root)[1].rstrip().splitlines()
-    parts = [f"`{card['Run']}`", f"{minutes(entry['seconds'])} on {machine}"]
-    if files := files_in(card["Makes"]):
-        parts.append("makes " + ", ".join(f"`{file}`" for file in files))
+    place = "" if machine.endswith("no GPU") else f" on {machine}"
+    parts = [f"`{card['Run']}`", minutes(entry["seconds"]) + place]
+    files = [f"`{file}`" for file in files_in(card["Makes"]) if not file.endswith(".png")]
+    if files:
+        parts.append("makes " + ", ".join(files))
     shown = [] if ranges else printed[-1:]
     for first, _, last in (numbers.partition("-") for numbers in ranges):
         shown += printed[int(first) - 1 : int(last or first)]

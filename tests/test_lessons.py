@@ -53,7 +53,6 @@ MASKS = {  # what may differ between two runs of a lesson
     r"(?m)^(eager|TF32|\w+ autocast|channels_last|torch\.compile|TorchScript|AOTInductor"
     r"|CUDA graphs|ONNX Runtime|TensorRT|int8 torch\S+|compile time in)[^|\n]*\|.*": "ROW",
     r"\): (faster|slower|no difference)": "): VERDICT",
-    r": (faster from \d+ on|not faster to the end)": ": CROSSING",
     r"Cannot load gpt2: .*\n": "",
     r"(Sample|Temperature [\d.]+|Top-p [\d.]+|Greedy|Next): .*": r"\1: TEXT",
     r"(Before|After|Question|Glossary): .*": r"\1: TEXT",
