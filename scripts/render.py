@@ -248,7 +248,7 @@ def find_stale(root=ROOT):
 
 def main(check):
     if check:
-        sys.exit("\n".join(find_stale()))
+        sys.exit("\n".join(find_stale()) or 0)
     for document in DOCUMENTS:
         path = ROOT / document
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -397,6 +397,14 @@ def test_an_excerpt_and_a_value_are_filled_in(small):
     assert render.render(filled, small) == filled
 
 
+def test_the_check_of_the_documents_ends_with_its_verdict(monkeypatch):
+    for stale, code in (([], 0), (["README.md differs"], "README.md differs")):
+        monkeypatch.setattr(render, "find_stale", lambda stale=stale: stale)
+        with pytest.raises(SystemExit) as stop:
+            render.main(check=True)
+        assert stop.value.code == code
+
+
 # SABOTAGE: a lesson that does its work wrongly cannot keep its promise.
 def shuffle_labels(lesson):
     make_dataset = lesson.make_dataset

@@ -495,7 +495,6 @@ def test_a_context_shorter_than_the_lengths_is_no_error(folders, tmp_path, monke
     lesson = load_lesson("llm/10_kv_cache")
     lesson.ROOT = copy_models(folders, tmp_path, "gpt2_mini", "smollm2")
     monkeypatch.setattr(lesson, "ROUNDS", 1)
-    monkeypatch.setattr(lesson, "NEW_TOKENS", 4)
     lesson.main()  # its lengths go up to 256, the context of this model to 160
     output = capsys.readouterr().out
     assert "same_text = yes" in output

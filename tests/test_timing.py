@@ -184,7 +184,7 @@ def test_the_crossing_is_where_nothing_slower_follows(
     axes = Figure().subplots()
     rows = benchmark.measure("Inference", [1, 8, 32, 128], 1.0, axes)
     shown = capsys.readouterr().out
-    assert f": {limit}\n" in shown
+    assert f"faster at every measured size above {limit}\n" in shown
     assert re.search(r"^ +32 \| +64 \| +128 \|", shown, re.MULTILINE)
     assert [line.get_ydata()[2] for line in axes.lines] == [64, 128], "images are counted"
     interval, difference = rows[32]

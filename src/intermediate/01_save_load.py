@@ -100,7 +100,7 @@ def predict(model):
 
 
 def main(quick=False, file=None):
-    lesson = "src/intermediate/01_save_load.py"
+    lesson = "src/intermediate/01_save_load.py" + (" --quick" if quick else "")
     if file:  # load and predict: all that another program needs
         predict(load(SimpleNet().to(DEVICE), file, lesson))
         return
