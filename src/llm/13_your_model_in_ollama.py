@@ -67,11 +67,11 @@ def save_model(model, tokenizer, folder):
     try:
         model.half().save_pretrained(part)  # 16 bits for a weight, as Ollama stores them
         tokenizer.save_pretrained(part)
-        # README: end
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    # README: end
     print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
 
 
