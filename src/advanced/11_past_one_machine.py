@@ -147,8 +147,9 @@ def main(quick=False, processes=2, checkpoint=None):
         print(f"{output}\n  torchrun ends with exit code {code}, because of signal 9 (SIGKILL)")
         restarted = train_alone(path, BATCH_SIZE * processes)
     difference = (restarted - undisturbed).abs().max().item()
+    count = count_seven_b()
     result = f"exit_code = {code}, restart_difference = {difference:.9f}"
-    print(f"Result: {result}, seven_b = {count_seven_b():,}")
+    print(f"Result: {result}, seven_b = {count:,}")
 
 
 if __name__ == "__main__":
