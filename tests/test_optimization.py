@@ -176,6 +176,14 @@ def test_learning_rates_are_chosen_without_the_test_images(honest, monkeypatch):
     assert means == dict.fromkeys(honest.LEARNING_RATES, 0.5)
 
 
+def test_images_that_repeat_are_counted_once(honest, monkeypatch, capsys):
+    monkeypatch.setattr(honest, "evaluate", lambda *arguments: 0.5)
+    images, labels = (part.to(honest.DEVICE) for part in noise(10))
+    data = images.repeat(20, 1, 1, 1), labels.repeat(20)
+    honest.compare_ways(honest.CNN(), 40, 1, data, data, data, 1)
+    assert ", 10 different images" in capsys.readouterr().out
+
+
 # VERSIONS: each is within its tolerance, and a wrong conversion is found.
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

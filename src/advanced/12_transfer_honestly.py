@@ -120,7 +120,8 @@ def compare_ways(backbone, count, steps, pool, validation, test, trials):
         for way, rate in rates.items():
             model = train(start(way, backbone), *sample, rate, steps)
             scores[way].append(evaluate(model, *test))
-    print(f"{count} images of each digit")
+    different = len(sample[0].unique(dim=0))  # without a network, images repeat
+    print(f"{count} images of each digit, {different:,} different images")
     for way, values in scores.items():
         print(f"  {way:15} {np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})")
     return {way: np.mean(values) for way, values in scores.items()}
