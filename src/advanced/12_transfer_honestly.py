@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from torchvision import datasets
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -115,7 +116,7 @@ def compare_ways(backbone, count, steps, pool, validation, test, trials):
             accuracies[rate] = evaluate(model, *validation)
         rates[way] = max(accuracies, key=accuracies.get)
     scores = {way: [] for way in rates}
-    for _ in range(trials):
+    for _ in tqdm(range(trials), leave=False, disable=None):  # a bar on a terminal
         sample = draw_sample(*pool, count)
         for way, rate in rates.items():
             model = train(start(way, backbone), *sample, rate, steps)
