@@ -129,15 +129,28 @@ def test_a_drawing_is_read_in_the_browser(server):
         print(f"The answer stands on the page {seconds:.2f} s after the stroke.")
         assert page.inner_text(".prose").startswith("The network reads 3")
         assert page.locator("img").count() >= 2, "what the network sees, and its filters"
+        clear = page.locator('button[aria-label*="lear"], button[title*="lear"]').first
         if SCREENSHOT:
             page.wait_for_timeout(1000)
             clip = {"x": 100, "y": 10, "width": 1000, "height": 525}
             page.screenshot(path=SCREENSHOT, clip=clip)
+        clear.click()
+        page.wait_for_selector("text=Draw a digit from 0 to 9.")
+        assert page.locator("text=Error").count() == 0
         browser.close()
     assert hosts == {"127.0.0.1"}
     assert seconds < 5, "about 0.7 on two idle cores"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 0
+
+
+def test_a_cleared_or_blank_sheet_is_no_error(network):
+    lesson = load_lesson(PAGE)
+    model = lesson.load(lesson.CNN(), network, "")
+    for sheet in (None, np.zeros((280, 280, 4), np.uint8)):
+        sentence, *rest = lesson.read(model.to(lesson.DEVICE), {"composite": sheet})
+        assert sentence in ("Draw a digit from 0 to 9.", "Nothing to read: it is blank.")
+        assert rest == [None, None, None]
 
 
 def test_a_port_that_is_taken_is_named(course):

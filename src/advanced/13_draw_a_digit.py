@@ -36,6 +36,7 @@ DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.de
 SIDE = 20  # the longer side of a digit, in pixels
 SHEET = 280  # the side of the sheet to draw on
 PEN = 12
+INVITATION = "Draw a digit from 0 to 9."
 
 
 # MODEL AND PREPARATION: as in intermediate/02 and advanced/03.
@@ -117,6 +118,8 @@ def fit(gray):
 @torch.inference_mode()
 def read(model, drawing):
     """Return a sentence, ten probabilities, what the network sees, and where its filters fire."""
+    if drawing["composite"] is None:  # the sheet was cleared
+        return INVITATION, None, None, None
     sheet = drawing["composite"] / 255  # [H, W, 4]: red, green, blue and opacity
     try:
         image = fit((1 - sheet[..., 0]) * sheet[..., 3])  # black and opaque: ink
@@ -152,7 +155,7 @@ def open_page(model, port=None):
     """Serve the page on this computer alone; return the page and its address."""
     brush = gradio.Brush(default_size=PEN, colors=["#000000"], color_mode="fixed")
     with gradio.Blocks(title="Draw a digit") as page:
-        sentence = gradio.Markdown("Draw a digit from 0 to 9.")
+        sentence = gradio.Markdown(INVITATION)
         with gradio.Row():
             size = {"canvas_size": (SHEET, SHEET), "min_width": 400}
             sheet = gradio.Sketchpad(brush=brush, show_label=False, **size)
