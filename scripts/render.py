@@ -8,6 +8,7 @@ writes there and by `<!-- end -->`. Everything outside of the marks is written b
 """
 
 import argparse
+import ast
 import json
 import re
 import sys
@@ -34,7 +35,6 @@ from course import (
 DOCUMENTS = ["README.md", "CHEATSHEET.md", "models/README.md"]
 PLACE = re.compile(r"(<!-- (\w+) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- = (\S+) (\S+) -->).*?(<!-- -->)")
-EXCERPT = re.compile(r"^ *# README: start\n(.*?)^ *# README: end$", re.DOTALL | re.MULTILINE)
 
 
 # TABLES: each returns the lines of a Markdown table.
@@ -156,10 +156,23 @@ def fill_table(name, root, records):
 
 
 # MARKED PLACES
-def find_excerpt(name, root=ROOT):
-    """Return the lines of a lesson that are its idea, between its two README comments."""
+def find_excerpt(words, root=ROOT):
+    """Return statements of a lesson, named by their first words.
+
+    `intermediate/02_cnn def forward` is a function, and `basics/02_tensors a = ... print("Dev` are
+    all statements from the first that begins so to the next that begins with the last words.
+    """
+    name, words = words.split(" ", 1)
+    first, _, last = words.partition(" ... ")
     text = (root / "src" / f"{name}.py").read_text(encoding="utf-8")
-    return textwrap.dedent(EXCERPT.search(text)[1]).rstrip()
+    lines = text.splitlines()
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
+    starts = [node for node in nodes if lines[node.lineno - 1].lstrip().startswith(first)]
+    start = min(starts, key=lambda node: node.lineno)
+    ends = [node for node in nodes if lines[node.lineno - 1].lstrip().startswith(last)]
+    end = min((node for node in ends if node.lineno > start.lineno), key=lambda node: node.lineno)
+    end = end if last else start
+    return textwrap.dedent("\n".join(lines[start.lineno - 1 : end.end_lineno]))
 
 
 def wrap_lines(lines, width=110):

@@ -91,7 +91,6 @@ def main(quick=False):
     model = load(CNN().to(DEVICE, memory_format=torch.channels_last), path, lesson)
     epochs = 1 if quick else EPOCHS
 
-    # README: start
     old_layer = model.fc2
     model.fc2 = nn.Identity()  # returns its input: the 64 features
     model.requires_grad_(False)  # freezes all layers that are left
@@ -103,7 +102,6 @@ def main(quick=False):
     print(f"Images {list(images.shape)} -> features {list(features.shape)}, stored")
     train(new_layer, features, labels, epochs)
     seconds = time.perf_counter() - start
-    # README: end
 
     print("For comparison, without stored features:")
     whole = nn.Sequential(model, nn.Linear(64, CLASSES, device=DEVICE))

@@ -155,14 +155,12 @@ def measure(version, model, images, labels, models, quick):
         if not file.exists():
             torch.save(network.state_dict(), file)
         size = file.stat().st_size
-        # README: start
         expected = predict(eager, images)
         difference = ((logits - expected).norm() / expected.norm()).item()
         allowed = ALLOWED.get(version, 0.0001)
         is_right = difference <= allowed  # False if the difference is not a number
         if is_right and version in FILES:
             file.replace(models / file.name)
-        # README: end
     accuracy = (logits[1:].argmax(dim=1) == labels).float().mean().item()
     text = f"{version:13} | {images.device.type:4} | {accuracy:8.2%} | {difference:8.4%}"
     if is_right:

@@ -143,14 +143,12 @@ def fit(gray):
     columns = digit.any(dim=2).nonzero()[:, -1]
     if (columns.diff() > 1 + 0.1 * digit.any(dim=3).sum()).any():
         raise ValueError("it seems to show several digits, and the network reads one")
-    # README: start
     paper = F.interpolate(paper, page.shape[2:], mode="bilinear")
     ink = (1 - page / paper).clamp(min=0) * F.interpolate(digit.float(), page.shape[2:])
     rows, columns = (ink[0, 0] > 0.4 * ink.max()).nonzero(as_tuple=True)
     ink = ink[..., rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     ink = resize(ink, SIDE / max(ink.shape))[0, 0]
     ink = (ink / ink[ink > 0].quantile(0.9)).clamp(max=1)  # a thin pen has become pale
-    # README: end
     height, width = ink.shape
     top = 14 - ink.sum(dim=1) @ torch.arange(height).float() / ink.sum()
     left = 14 - ink.sum(dim=0) @ torch.arange(width).float() / ink.sum()

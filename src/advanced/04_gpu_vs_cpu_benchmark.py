@@ -90,7 +90,6 @@ def measure(kind, sizes, seconds, axes):
     rows = {}
     limit = 0
     for size in sizes:
-        # README: start
         calls = {}
         for side, (device, threads) in SIDES.items():
             calls[side] = make_call(kind, size, device, threads)
@@ -99,7 +98,6 @@ def measure(kind, sizes, seconds, axes):
         ratio, low, high, verdict = compare(times[first], times[second])
         if verdict != "faster":
             limit = size  # all larger sizes are faster
-        # README: end
         amount = 2 * size**3 / 1e9 if kind == "Matrix product" else size
         for side, own in times.items():
             rates[side].append(amount / np.median(own))

@@ -30,7 +30,6 @@ ROUNDS = 21
 # calls a few times before it starts the clock (caches, threads and compilers need that), and waits
 # for the device before it reads the clock. The versions take turns, round by round: if the machine
 # slows down for a while, because it is hot or busy, it slows down all of them.
-# README: start
 def time_in_turn(calls, seconds=2.0):
     """Return {name: [seconds per call, one number for each round]}."""
     times = {name: [] for name in calls}
@@ -39,9 +38,6 @@ def time_in_turn(calls, seconds=2.0):
             timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
             times[name].append(timer.blocked_autorange(min_run_time=seconds / ROUNDS).median)
     return times
-
-
-# README: end
 
 
 # Is a ratio of 1.04 a difference, or chance? The bootstrap (Efron 1979) repeats the experiment

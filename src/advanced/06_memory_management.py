@@ -63,7 +63,6 @@ def batch_gradients(model, images, labels, parts=1, checkpointing=False, half=Fa
     """Return the batch's gradients in one row, and the most bytes kept for a part."""
     known = [images, *model.parameters()]
     most = 0
-    # README: start
     model.zero_grad()
     for part, answers in zip(images.chunk(parts), labels.chunk(parts), strict=True):
         with count_kept(known) as kept, torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
@@ -74,7 +73,6 @@ def batch_gradients(model, images, labels, parts=1, checkpointing=False, half=Fa
             loss = F.cross_entropy(logits, answers)
         most = max(most, sum(kept.values()))
         (loss * len(part) / len(images)).backward()  # adds to the gradients of the parts before
-    # README: end
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), most
 
 

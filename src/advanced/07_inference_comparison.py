@@ -40,7 +40,6 @@ SLOW_TO_MAKE = ["torch.compile", "ONNX Runtime"]  # a short test leaves them out
 
 # VERSIONS: each is a function from images to logits.
 def make_version(version, model, images):
-    # README: start
     match version:
         case "TF32" | "CUDA graphs" | "TensorRT" if DEVICE.type != "cuda":
             raise RuntimeError("needs a CUDA device")
@@ -54,7 +53,6 @@ def make_version(version, model, images):
             return torch.autocast(DEVICE.type, torch.float16)(model.forward)
         case "bf16 autocast":  # the range of float32 with fewer digits
             return torch.autocast(DEVICE.type, torch.bfloat16)(model.forward)
-        # README: end
         case "TorchScript":  # runs without Python; deprecated
             return torch.jit.script(model)
         case "torch.compile":  # new machine code for this network and each batch size

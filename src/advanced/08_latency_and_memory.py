@@ -104,13 +104,11 @@ def measure_memory(call):
 
 def measure(engines, images, count):
     """Print a row for each engine; return {engine: (p50, p95) in milliseconds}."""
-    # README: start
     times = {engine: [] for engine in engines}
     for _ in range(count):
         for engine, call in engines.items():  # the engines take turns
             times[engine].append(time_once(partial(call, images)))
     percentiles = {engine: np.percentile(own, [50, 95]) * 1000 for engine, own in times.items()}
-    # README: end
     print(f"Batch of {len(images):4} |   p50 ms |   p95 ms | p95 / p50 | peak MiB")
     for engine, (p50, p95) in percentiles.items():
         memory = measure_memory(partial(engines[engine], images))

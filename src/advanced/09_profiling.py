@@ -84,7 +84,6 @@ def make_settings():
 # PROFILE: the profiler's table, with only the columns and rows that matter here.
 def show_profile(settings):
     """Print where the CPU spends its time; return the profile, its waits, and the weights."""
-    # README: start
     model = build_network()
     train(model, *settings)  # the first run is slower
     with profile(activities=supported_activities(), acc_events=True) as recorded:
@@ -92,7 +91,6 @@ def show_profile(settings):
     events = {event.key: event for event in recorded.key_averages() if event.cpu_time_total > 0}
     operations = [event for name, event in events.items() if name.startswith("aten::")]
     operations.sort(key=lambda event: -event.self_cpu_time_total)  # the slowest first
-    # README: end
     print("  part of the loop                  CPU ms")
     for name in PARTS:
         print(f"  {name:30} {events[name].cpu_time_total / 1e3:9.1f}")

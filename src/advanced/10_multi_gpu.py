@@ -68,7 +68,6 @@ def build(method):
     torch.manual_seed(0)  # the same first weights in each process
     layers = [nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, 10)).to(DEVICE, torch.float64)
-    # README: start
     if method == "DDP":  # each process holds the whole model, and averages its gradients
         model = nn.parallel.DistributedDataParallel(model)
     elif method == "FSDP2":  # each process holds 1 / N, and gathers a layer when it needs it
@@ -76,7 +75,6 @@ def build(method):
         for module in [model[0], model[2], model]:
             fully_shard(module, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    # README: end
     return model, optimizer
 
 

@@ -70,7 +70,6 @@ def save_state(model, optimizer, step, path):
     part.replace(path)  # a crash never leaves half a checkpoint
 
 
-# README: start
 def resume(model, optimizer, path):
     """Load the checkpoint, if there is one; return the number of finished steps."""
     if not path.exists():
@@ -81,7 +80,6 @@ def resume(model, optimizer, path):
     return state["step"]
 
 
-# README: end
 # WORK: what each process runs. In each attempt, the last process is killed after some steps.
 def work_until_killed(path):
     sys.stdout = os.fdopen(os.dup(1), "w")

@@ -76,7 +76,6 @@ class CNN(nn.Module):
         return self.fc2(x)  # [N, 10], a logit (a score before softmax) per digit
 
 
-# README: start
 def start(way, backbone):
     model = CNN() if way == "from scratch" else copy.deepcopy(backbone)
     if way == "last layer only":
@@ -85,7 +84,6 @@ def start(way, backbone):
     return model.to(DEVICE, memory_format=torch.channels_last)
 
 
-# README: end
 # TRAIN: the usual loop, on random batches.
 def train(model, images, labels, learning_rate, steps):
     optimizer = torch.optim.Adam(model.parameters())  # leaves frozen layers as they are

@@ -125,7 +125,6 @@ def read(model, drawing):
         image = fit((1 - sheet[..., 0]) * sheet[..., 3])  # black and opaque: ink
     except ValueError as error:
         return f"Nothing to read: {error}.", None, None, None
-    # README: start
     x = image[None, None].to(DEVICE)  # [28, 28] -> [1, 1, 28, 28]
     probabilities = model(x)[0].softmax(dim=0).tolist()
     digit = probabilities.index(max(probabilities))
@@ -134,7 +133,6 @@ def read(model, drawing):
     fired = fired.unflatten(0, (2, 4)).transpose(1, 2).reshape(56, 112)  # two rows of four
     labels = {str(number): value for number, value in enumerate(probabilities)}
     return sentence, labels, enlarge(image), enlarge(fired / fired.max())
-    # README: end
 
 
 def enlarge(values):

@@ -35,7 +35,6 @@ def show_devices():
 
 
 # CHECK: multiply on the device, and again on the CPU with twice as many bits for each number.
-# README: start
 def check_product():
     a, b = torch.randn(2, 256, 256)
     product = a.to(DEVICE) @ b.to(DEVICE)  # .to() copies a tensor to the device
@@ -43,7 +42,6 @@ def check_product():
     return torch.allclose(product.cpu().double(), expected, atol=1e-3)
 
 
-# README: end
 # SEARCH: only if PyTorch finds no GPU. Is there one? Which of the three parts is missing?
 def find_driver():
     """Return the driver's version or None, and what nvidia-smi says if it fails."""

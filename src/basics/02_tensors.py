@@ -31,13 +31,11 @@ def create():
 
 # COMPUTE: the result is on the device of its inputs.
 def add():
-    # README: start
     a = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
     b = torch.tensor([4.0, 5.0, 6.0], device=DEVICE)
     total = a + b
     print("\na + b =", total)
     print("Device:", total.device)
-    # README: end
     return total
 
 

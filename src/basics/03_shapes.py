@@ -16,14 +16,12 @@ import torch
 
 # RESHAPE: reshape keeps the order of the numbers. A transpose swaps rows and columns.
 def reshape():
-    # README: start
     numbers = torch.arange(6)
     print("Six numbers:         ", numbers.tolist())
     print("reshape(2, 3):       ", numbers.reshape(2, 3).tolist())
     print("reshape(3, 2):       ", numbers.reshape(3, 2).tolist())
     print("reshape(2, 3).T:     ", numbers.reshape(2, 3).T.tolist())
     print("unsqueeze(0), [1, 6]:", numbers.unsqueeze(0).tolist())
-    # README: end
 
 
 def main():

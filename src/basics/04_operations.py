@@ -32,13 +32,11 @@ def multiply_matrices():
     right = torch.tensor([[5.0, 6.0], [7.0, 8.0]], device=DEVICE)
     row = torch.tensor([10.0, 20.0], device=DEVICE)
     print("\nleft =", left.tolist(), "right =", right.tolist(), "row =", row.tolist())
-    # README: start
     print("left * right =", (left * right).tolist())  # elementwise
     print("left @ right =", (left @ right).tolist())  # row by column
     print("left + row   =", (left + row).tolist())  # broadcasting: the row is added to each row
     print("Sum over the rows, dim=0:   ", left.sum(dim=0).tolist())  # dimension 0 disappears
     print("Sum over the columns, dim=1:", left.sum(dim=1).tolist())
-    # README: end
 
 
 # REDUCE: many numbers become one. item() turns a tensor of one number into a Python number.

@@ -20,7 +20,6 @@ SEED = 42  # the parameters start as random numbers
 
 
 # MODEL: two layers. nn.Linear holds a matrix of weights, and one bias for each neuron.
-# README: start
 class SimpleNeuralNetwork(nn.Module):
     def __init__(self):
         super().__init__()
@@ -31,7 +30,6 @@ class SimpleNeuralNetwork(nn.Module):
         return self.layer2(self.layer1(x))  # [3] -> [8] -> [1]
 
 
-# README: end
 # PARAMETERS: the numbers that training will change.
 def count_parameters(model):
     for name, parameter in model.named_parameters():

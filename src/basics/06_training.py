@@ -35,14 +35,12 @@ class LinearNet(nn.Module):
 def train(model, x, y, epochs):
     loss_function = nn.MSELoss()  # the mean of the squared errors
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    # README: start
     for epoch in range(epochs):
         prediction = model(x)  # 1. forward pass: predict
         loss = loss_function(prediction, y)  # 2. measure the error
         optimizer.zero_grad()  # 3. clear the old gradients, because new ones are added to them
         loss.backward()  # 4. backward pass: compute the gradient of each parameter
         optimizer.step()  # 5. move each parameter a little against its gradient
-        # README: end
         if epoch % 200 == 0:
             print(f"Epoch {epoch:4d} | Loss: {loss.item():.4f}")
 

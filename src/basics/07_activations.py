@@ -27,7 +27,6 @@ FUNCTIONS = {"ReLU": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh}
 
 
 # MODEL: two networks from the same random weights. nn.Sequential calls one layer after the other.
-# README: start
 def make_networks():
     torch.manual_seed(SEED)
     without_activation = nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 1))
@@ -36,7 +35,6 @@ def make_networks():
     return without_activation.to(DEVICE), with_relu.to(DEVICE)
 
 
-# README: end
 # TRAIN: the five steps of basics/06.
 def train(model, x, y, epochs):
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)

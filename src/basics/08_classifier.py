@@ -47,13 +47,11 @@ def train(model, points, labels, epochs):
     loss_function = nn.BCEWithLogitsLoss()  # binary cross-entropy
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     for epoch in range(epochs):
-        # README: start
         logits = model(points)  # [N]
         loss = loss_function(logits, labels)  # small if the right class is probable
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        # README: end
         if epoch % 200 == 0:
             print(f"Epoch {epoch:4d} | Loss: {loss.item():.4f}")
 

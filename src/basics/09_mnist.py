@@ -58,7 +58,6 @@ def train(model, loader, epochs):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     for epoch in range(1, epochs + 1):
         total_loss = 0.0
-        # README: start
         for images, labels in tqdm(loader, f"Epoch {epoch}", leave=False, disable=None):
             logits = model(images.to(DEVICE))  # [64, 1, 28, 28] -> [64, 10]
             loss = F.cross_entropy(logits, labels.to(DEVICE))
@@ -66,7 +65,6 @@ def train(model, loader, epochs):
             loss.backward()
             optimizer.step()
             total_loss += loss.detach()
-        # README: end
         schedule.step()
         print(f"Epoch {epoch}/{epochs} | Loss: {total_loss / len(loader):.4f}")
 

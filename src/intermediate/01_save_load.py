@@ -42,7 +42,6 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
         self.step = 0
 
-    # README: start
     def state_dict(self):
         weights = self.model.state_dict()
         return {"model": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
@@ -52,7 +51,6 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])  # Adam keeps two averages per weight
         self.step = state["step"]
 
-    # README: end
     def run(self, steps):
         x = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], device=DEVICE)  # [5, 1]
         losses = []

@@ -48,13 +48,11 @@ class CNN(nn.Module):
         self.fc1 = nn.Linear(16 * 7 * 7, 64)
         self.fc2 = nn.Linear(64, num_classes)
 
-    # README: start
     def forward(self, x):  # [N, 1, 28, 28]
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # [N, 8, 14, 14]
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [N, 16, 7, 7]
         x = F.relu(self.fc1(x.flatten(1)))  # [N, 16, 7, 7] -> [N, 784] -> [N, 64]
         return self.fc2(x)  # [N, 10], a logit (a score before softmax) per digit
-        # README: end
 
 
 # TRAIN: select each batch by its indices. intermediate/04 explains the schedule.

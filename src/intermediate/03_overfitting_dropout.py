@@ -43,7 +43,6 @@ def make_noisy_samples(count, noise):
 
 
 # MODEL: in training, dropout sets random neurons to zero, so that none can rely on another one.
-# README: start
 class DropoutNet(nn.Module):
     def __init__(self, dropout):
         super().__init__()
@@ -58,7 +57,6 @@ class DropoutNet(nn.Module):
         return self.fc3(x).squeeze(1)  # [N], logits
 
 
-# README: end
 @torch.inference_mode()
 def evaluate(model, inputs, labels):
     model.eval()

@@ -32,7 +32,6 @@ SCHEDULES = ["fixed", "StepLR", "ReduceLROnPlateau", "CosineAnnealingLR", "OneCy
 
 # SCHEDULE: each object changes the optimizer's learning rate when its step() is called.
 def make_schedule(name, optimizer, epochs):
-    # README: start
     match name:
         case "StepLR":  # half the rate after every four epochs
             return lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.5)
@@ -42,7 +41,6 @@ def make_schedule(name, optimizer, epochs):
             return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
         case "OneCycleLR":  # up to the maximum, then down
             return lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs + 1)
-    # README: end
     return lr_scheduler.ConstantLR(optimizer, factor=1)
 
 

@@ -85,7 +85,6 @@ def train(model, loader, epochs):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     for epoch in range(1, epochs + 1):
         total_loss = torch.zeros((), device=DEVICE)
-        # README: start
         for images, labels in loader:
             images = images.to(DEVICE)
             labels = labels.to(DEVICE)
@@ -94,7 +93,6 @@ def train(model, loader, epochs):
             loss.backward()
             optimizer.step()
             total_loss += loss.detach()  # loss.item() would make Python wait for the GPU
-        # README: end
         schedule.step()
         print(f"Epoch {epoch}/{epochs} | Loss: {total_loss / len(loader):.4f}")
 

@@ -80,14 +80,12 @@ def train_on_text(ids, vocab_size):
     pairs = [torch.stack([ids[:-n], ids[n:]], dim=1) for n in range(1, WINDOW + 1)]
     pairs = torch.cat([*pairs, *(pair.flip(1) for pair in pairs)])  # each is the other's neighbor
     pairs = pairs[torch.randperm(len(pairs), device=DEVICE)]
-    # README: start
     embedding = nn.Embedding(vocab_size, WIDTH)  # one row of numbers for each word
     nn.init.normal_(embedding.weight, std=0.1)
     head = nn.Linear(WIDTH, vocab_size)  # one logit for each word that could stand nearby
     model = nn.Sequential(embedding, head).to(DEVICE)
     batches = [(batch[:, 0], batch[:, 1]) for batch in pairs.split(BATCH_SIZE)]
     train(model, batches, F.cross_entropy)  # predict the neighbor from the word
-    # README: end
     vectors = embedding.weight.detach()
     return vectors - vectors.mean(dim=0)  # what all words share tells nothing about one
 

@@ -27,7 +27,6 @@ SEED = 42
 
 
 # MODEL: attention with a single head.
-# README: start
 def attend(q, k, v, causal=False):  # [N, T, d] each
     """softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, arXiv:1706.03762): output and weights."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [N, T, T]
@@ -36,7 +35,6 @@ def attend(q, k, v, causal=False):  # [N, T, d] each
         scores = scores.masked_fill(future, float("-inf"))  # softmax turns -inf into 0
     weights = F.softmax(scores, dim=-1)  # each row sums to 1
     return weights @ v, weights  # [N, T, d], [N, T, T]
-    # README: end
 
 
 class SelfAttention(nn.Module):

@@ -39,7 +39,6 @@ class OneHead(nn.Module):
 
 
 # The block of the first transformer has a norm after each sum.
-# README: start
 class TransformerBlock(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
@@ -51,7 +50,6 @@ class TransformerBlock(nn.Module):
     def forward(self, x):  # [N, T, width]
         x = self.norm1(x + self.attention(x))
         return self.norm2(x + self.ff(x))
-        # README: end
 
 
 class PreNormBlock(TransformerBlock):

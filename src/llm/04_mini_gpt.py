@@ -57,7 +57,6 @@ class MiniBlock(nn.Module):
         return self.norm2(x + self.ff(x))
 
 
-# README: start
 class MiniGPT(nn.Module):
     def __init__(self, vocab_size, embed_dim=32, ff_dim=128, num_blocks=2, max_seq_len=32):
         super().__init__()
@@ -69,7 +68,6 @@ class MiniGPT(nn.Module):
     def forward(self, ids):  # [N, T]
         x = self.token_embedding(ids) + self.pos_embedding.weight[: ids.shape[1]]
         return self.head(self.blocks(x))  # [N, T, vocab_size], logits for the next character
-        # README: end
 
 
 def language_loss(model, windows):

@@ -59,7 +59,6 @@ def train_tokenizer(texts):
 
 
 # MODEL: GPT-2 (Radford et al. 2019). Each head attends with its own part of the vectors.
-# README: start
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -72,7 +71,6 @@ class Attention(nn.Module):
         q, k, v = (part.view(N, T, HEADS, -1).transpose(1, 2) for part in parts)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [N, HEADS, T, WIDTH / HEADS]
         return self.c_proj(x.transpose(1, 2).reshape(N, T, WIDTH))
-        # README: end
 
 
 class Block(nn.Module):

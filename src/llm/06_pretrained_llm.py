@@ -80,14 +80,12 @@ def show_next_token(model, tokenizer):
     logits = model(ids).logits[0, -1].float()  # [vocabulary]
     likeliest = logits.topk(5).indices
     print(f"{TEXT}\nNext:", ", ".join(repr(tokenizer.decode(token)) for token in likeliest))
-    # README: start
     for temperature in TEMPERATURES:
         probabilities = torch.softmax(logits / temperature, dim=0)
         sums = probabilities.sort(descending=True).values.cumsum(dim=0)
         kept = (sums < TOP_P).sum() + 1  # the fewest tokens that make up TOP_P
         shares = " ".join(f"{share:6.1%}" for share in probabilities[likeliest])
         print(f"  at temperature {temperature}: {shares}, top-p {TOP_P} keeps {kept}")
-    # README: end
 
 
 def write_chat(tokenizer, question):

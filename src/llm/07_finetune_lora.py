@@ -88,13 +88,11 @@ def add_lora(model, layers):
     from peft import LoraConfig, get_peft_model
 
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # from inside peft
-    # README: start
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, task_type="CAUSAL_LM")
     config.fan_in_fan_out = model.config.model_type == "gpt2"  # it stores matrices transposed
     tuned = get_peft_model(model, config)
     print(f"LoRA on {layers} of {model.config.model_type}", end=": ")
     tuned.print_trainable_parameters()
-    # README: end
     return tuned
 
 

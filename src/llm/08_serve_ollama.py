@@ -73,7 +73,6 @@ def printable(text):
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
 
 
-# README: start
 def chat(url, history, question, request):
     """Ask a question after everything said before. Add it and the answer to the history."""
     history.append({"role": "user", "content": question})
@@ -84,7 +83,6 @@ def chat(url, history, question, request):
         text = part["message"]["content"]
         history[-1]["content"] += text
         print(printable(text).replace("\n", "\n   "), end="", flush=True)
-    # README: end
     read = part.get("prompt_eval_count", 0)
     ends = {"stop": "complete", "length": "cut at the limit"}
     end = ends.get(part.get("done_reason"), "ended by the server, perhaps for repeating itself")

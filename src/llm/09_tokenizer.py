@@ -36,7 +36,6 @@ def split_into_bytes(word):
     return [bytes([byte]) for byte in word.encode("utf-8")]  # "é" has two bytes, an emoji four
 
 
-# README: start
 def merge(tokens, pair):
     """Join the two tokens of the pair wherever they are neighbors."""
     merged = []
@@ -46,7 +45,6 @@ def merge(tokens, pair):
         else:
             merged.append(token)
     return merged
-    # README: end
 
 
 # TRAIN: each different word is kept once, with the number of times that it occurs.

@@ -38,7 +38,6 @@ def load_folder(folder, lesson):
 
 
 # MODEL: the layers of the trained GPT-2, with a forward pass that takes and returns caches.
-# README: start
 def attend_with_cache(layer, x, cache):
     """Map x [N, T, width] and a cache of P tokens to [N, T, width] and a cache of P + T tokens."""
     parts = layer.c_attn(x).chunk(3, dim=2)
@@ -50,7 +49,6 @@ def attend_with_cache(layer, x, cache):
     seen = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return layer.c_proj(x.transpose(1, 2).flatten(2)), (k, v)
-    # README: end
 
 
 def forward(model, ids, caches=None):  # [N, T], and one cache for each block

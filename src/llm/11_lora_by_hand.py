@@ -26,7 +26,6 @@ TERMS = 16  # of the glossary are learned
 EPOCHS = 6
 
 
-# README: start
 class LoRA(nn.Module):
     """Add a trainable product of two small matrices to a frozen layer (Hu et al. 2021)."""
 
@@ -39,7 +38,6 @@ class LoRA(nn.Module):
 
     def forward(self, x):  # [N, T, inputs] -> [N, T, outputs]
         return self.layer(x) + SCALE * (x @ self.A.T @ self.B.T)
-        # README: end
 
 
 def insert_lora(model, rank, names):

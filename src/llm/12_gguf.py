@@ -49,7 +49,6 @@ def add_header(writer, config, tokenizer, form):
     gguf.SpecialVocab(tokenizer.name_or_path, load_merges=True).add_to_gguf(writer)
 
 
-# README: start
 def add_tensors(writer, model, form):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     for name, tensor in model.state_dict().items():
@@ -60,7 +59,6 @@ def add_tensors(writer, model, form):
             kind = gguf.GGMLQuantizationType[form]
         data = gguf.quants.quantize(tensor.numpy(), kind)
         writer.add_tensor(names.get_name(name, [".weight", ".bias"]), data, raw_dtype=kind)
-    # README: end
 
 
 def write_gguf(path, model, tokenizer, form):

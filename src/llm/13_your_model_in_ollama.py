@@ -61,7 +61,6 @@ def save_model(model, tokenizer, folder):
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    # README: start
     if ROPE_THETA_ON_TOP:  # transformers writes it inside rope_parameters, and Ollama takes 10,000
         model.config.rope_theta = model.config.rope_parameters["rope_theta"]
     try:
@@ -71,7 +70,6 @@ def save_model(model, tokenizer, folder):
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    # README: end
     print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
 
 
