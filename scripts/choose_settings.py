@@ -3,18 +3,17 @@
     uv run scripts/choose_settings.py
 
 Each setting trains three times on the first 50,000 training images, and is judged by its mean
-accuracy on the other 10,000. This machine's record keeps what was tried, and
-`uv run scripts/render.py --check` compares the lessons with it.
+accuracy on the other 10,000. The records keep what was tried, and a test compares the lessons
+with it.
 """
 
 import contextlib
 import importlib.util
 import itertools
 import os
-from datetime import date
 
 import torch
-from course import ROOT, describe_machine, keep
+from course import ROOT, keep
 from torch.utils.data import DataLoader, Subset
 
 LESSONS = ["basics/09_mnist", "intermediate/02_cnn"]
@@ -62,8 +61,7 @@ def main():
             tried.append({"LEARNING_RATE": rate, "BATCH_SIZE": size, "accuracy": accuracy})
             print(f"{name}: learning rate {rate}, batch {size}: {accuracy:.2%}", flush=True)
         best = max(tried, key=lambda setting: setting["accuracy"])
-        versions = {"date": str(date.today()), "torch": describe_machine()["torch"]}
-        keep("settings", name, versions | {"best": best, "tried": tried})
+        keep("settings", name, {"best": best, "tried": tried})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the other scripts share: the lessons with their cards, and what was recorded of them.
 
 A lesson's docstring is its card: Run, Needs, Makes and Expect. tests/outputs/ keeps what a full run
-printed (a capture), and data/results/ one file of figures for each machine (a record).
+printed (a capture). data/results/records.json keeps its figures, and on which machine it ran.
 """
 
 import ast
@@ -13,11 +13,13 @@ import os
 import platform
 import re
 import subprocess
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = ["basics", "intermediate", "advanced", "llm"]
 PICTURES = "data/results/pictures"  # the recorded plots, which the README shows
+RECORDS = "data/results/records.json"
 
 
 # CARDS
@@ -120,9 +122,8 @@ def hash_code(lesson):
     """Return eight digits that change with a lesson's code, not with comments or docstrings."""
     tree = ast.parse(lesson.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+        if isinstance(node, kinds) and ast.get_docstring(node):
             node.body = node.body[1:]
     return hash_tree(tree)
 
@@ -136,7 +137,7 @@ def hash_work(lesson):
     return hash_tree(tree)
 
 
-# MACHINES AND RECORDS
+# RECORDS: {"lessons", "seeds", "predictions" or "settings": {lesson: what its last run gave}}.
 @functools.cache
 def describe_gpu():
     import torch
@@ -155,82 +156,32 @@ def describe_machine():
     information = Path("/proc/cpuinfo")
     if information.exists():
         cpu = re.search(r"model name\s*: (.+)", information.read_text() + f"model name: {cpu}")[1]
-    driver = None
-    if torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.check_output(query, text=True).splitlines()[0]
-    return {
+    machine = {
         "machine": f"{cpu}, {os.cpu_count()} cores, {describe_gpu()}",
-        "driver": driver,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def record_path(machine, root=ROOT):
-    name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    return root / "data" / "results" / f"{name}.json"
-
-
-def read_record(machine, root=ROOT):
-    path = record_path(machine, root)
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {"machine": machine, "lessons": {}, "seeds": {}, "predictions": {}, "settings": {}}
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        machine["driver"] = subprocess.check_output(query, text=True).splitlines()[0]
+    return machine
 
 
 def read_records(root=ROOT):
-    """Return all machines' records. Machines with a GPU come first: they take precedence."""
-    files = sorted((root / "data" / "results").glob("*.json"))
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return sorted(records, key=lambda record: record["machine"].endswith("no GPU"))
+    return json.loads((root / RECORDS).read_text(encoding="utf-8"))
 
 
 def keep(kind, name, entry, root=ROOT):
-    """Put an entry into this machine's record, in the order of the course."""
-    machine = describe_machine()["machine"]
-    record = read_record(machine, root)
-    entries = record[kind] | {name: entry}
-    order = [name_of(lesson) for lesson in find_lessons(root)]
-    record[kind] = {name: entries[name] for name in order if name in entries}
-    write_record(record, root)
+    """Put an entry into the records, with date and machine. It replaces an older one."""
+    records = read_records(root)
+    entries = records[kind] | {name: {"date": str(date.today()), **describe_machine(), **entry}}
+    records[kind] = dict(sorted(entries.items()))
+    (root / RECORDS).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def write_record(record, root=ROOT):
-    path = record_path(record["machine"], root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def capture_path(name, root=ROOT):
+    return root / "tests" / "outputs" / f"{name}.txt"
 
 
-def find_record(kind, name, records):
-    """Return (machine, entry) of the first machine that has one of the kind for a lesson."""
-    for record in records:
-        if name in record.get(kind, {}):
-            return record["machine"], record[kind][name]
-    return None, None
-
-
-# CAPTURES
-def stamp(machine, entry):
-    """Return the line that says when, where and with what a record was made."""
-    driver = f", driver {entry['driver']}" if entry["driver"] else ""
-    versions = f"torch {entry['torch']}, Python {entry['python']}"
-    return f"{entry['date']}, {machine}{driver}, {versions}"
-
-
-def first_line(machine, entry):
-    return f"{stamp(machine, entry)}, {entry['seconds']} s, code {entry['code']}"
-
-
-def capture_path(name, machine, root=ROOT):
-    kind = ".txt" if machine.endswith("no GPU") else ".gpu.txt"
-    return root / "tests" / "outputs" / f"{name}{kind}"
-
-
-def read_capture(name, root=ROOT, on_gpu=True):
-    """Return a recorded run as (first line, output): the GPU's, if it is there and wanted."""
-    file = root / "tests" / "outputs" / f"{name}.gpu.txt"
-    if not on_gpu or not file.exists():
-        file = file.with_name(file.name.replace(".gpu.txt", ".txt"))
-    line, output = file.read_text(encoding="utf-8").split("\n", 1)
-    return line, output
+def read_capture(name, root=ROOT):
+    return capture_path(name, root).read_text(encoding="utf-8")

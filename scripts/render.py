@@ -16,24 +16,22 @@ import textwrap
 
 from claims import CLAIMS, PREDICTIONS
 from course import (
-    LEVELS,
     ROOT,
+    broken_promises,
     files_in,
     find_lessons,
-    find_record,
     makers_and_users,
     name_of,
     parse_number,
     read_capture,
     read_card,
     read_records,
-    read_result,
     read_words,
-    stamp,
 )
 
 DOCUMENTS = ["README.md", "CHEATSHEET.md", "models/README.md"]
 PLACE = re.compile(r"(<!-- (\w+) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+UP_TO = re.compile(r"[\d.]+ to ")  # an interval such as 1.07 to 1.48 counts by its upper end
 VALUE = re.compile(r"(<!-- = (\S+) (\S+) -->).*?(<!-- -->)")
 
 
@@ -42,48 +40,20 @@ def minutes(seconds):
     return f"{seconds} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-PARTS = {  # the rows of the map: a heading of the README, and what its lessons teach
-    "Basics": "tensors, layers, gradients, training; a first network that reads digits",
-    "Intermediate": "saving, convolutions, overfitting, learning rates, training on a GPU",
-    "Advanced": "transfer learning, smaller and faster models, reading your own pictures",
-    "The measuring lab": "timing, memory, profiling, several processes: what really helps",
-    "Language models": "attention, GPT-2, fine-tuning, and your own model in Ollama",
-}
-LAB = range(4, 13)  # advanced/04 to 12
-
-
-def part_of(lesson):
-    if lesson.parent.name == "advanced" and int(lesson.stem[:2]) in LAB:
-        return "The measuring lab"
-    return "Language models" if lesson.parent.name == "llm" else lesson.parent.name.capitalize()
-
-
-def map_table(root, records):
-    rows = ["| part | what you learn | lessons | to read | to run |", "|---|---|---|---|---|"]
-    for part, words in PARTS.items():
-        lessons = [lesson for lesson in find_lessons(root) if part_of(lesson) == part]
-        entries = [find_record("lessons", name_of(lesson), records)[1] for lesson in lessons]
-        read = f"{len(lessons) / 4:.1f} h"  # a quarter of an hour each
-        run = minutes(sum(entry["seconds"] for entry in entries))
-        link = f"[{part}](#{part.lower().replace(' ', '-')})"
-        rows.append(f"| {link} | {words} | {len(lessons)} | {read} | {run} |")
-    return rows
-
-
 def lessons_table(level, root, records):
     rows = ["| lesson | what you do | runs |", "|---|---|---|"]
     total = 0
     for lesson in find_lessons(root):
         if lesson.parent.name == level:
             title, sentence = read_card(lesson)["Title"].split(": ", 1)
-            _, entry = find_record("lessons", name_of(lesson), records)
+            seconds = records["lessons"][name_of(lesson)]["seconds"]
             link = f"[`{level}/{lesson.stem[:2]}`](#{level}-{lesson.stem[:2]}) {title}"
-            rows.append(f"| {link} | {sentence.rstrip('.')} | {minutes(entry['seconds'])} |")
-            total += entry["seconds"]
+            rows.append(f"| {link} | {sentence.rstrip('.')} | {minutes(seconds)} |")
+            total += seconds
     return [*rows, f"| all of them | | {minutes(total)} |"]
 
 
-def files_table(root, records):
+def files_table(words, root, records):
     rows = ["| file | made by | needed by |", "|---|---|---|"]
     for file, (maker, users) in makers_and_users(root).items():
         needed = ", ".join(f"`{name_of(user)}`" for user in users) or "–"
@@ -91,7 +61,7 @@ def files_table(root, records):
     return rows
 
 
-def glossary_table(root, records):
+def glossary_table(words, root, records):
     rows = ["| term | meaning | lesson |", "|---|---|---|"]
     lines = (root / "data" / "qa.jsonl").read_text(encoding="utf-8").splitlines()
     for entry in sorted(map(json.loads, lines), key=lambda entry: entry["term"].lower()):
@@ -100,64 +70,31 @@ def glossary_table(root, records):
     return rows
 
 
-def holds(claimed, printed, seeds):
-    """Say whether a claim shows here. Numbers are compared as the claim rounds them."""
-    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", claimed.replace(",", ""))]
-    ours = parse_number(printed)
-    if not isinstance(ours, float):  # a 95% interval, such as 1.07 to 1.48, or none
-        low, _, high = printed.partition(" to ")
-        if not high:
-            return "not measured"
-        inside = float(low) <= numbers[0] <= float(high)
-        return "within the interval" if inside else "does not hold"
-    low = min([ours, *seeds])
-    high = max([ours, *seeds])
-    if " to " in claimed:
-        return "holds" if low <= numbers[1] else "does not hold"
-    scale = 1e6 if claimed.endswith("M") else 1
-    rounding = scale / 10 ** len(claimed.rstrip(" %Mx").partition(".")[2]) / 2
-    if claimed.endswith("%") and "." in claimed:  # an accuracy: more is better
-        return "reached" if high >= numbers[0] - rounding else "not reached"
-    return "holds" if abs(ours - numbers[0] * scale) <= rounding else "does not hold"
-
-
-def results_table(root, records):
+def results_table(words, root, records):
     """What the reference notes report on their L4, beside the recorded run and the five seeds."""
     rows = [
-        "| result | reference notes (L4) | recorded run | five seeds: mean (range) | claim |",
+        "| result | reference notes (L4) | recorded run | five seeds | claim |",
         "|---|---|---|---|---|",
     ]
-    for text, claimed, name, field in CLAIMS:
-        printed = read_words(find_record("lessons", name, records)[1]["result"])[field]
-        _, seeds = find_record("seeds", name, records)
-        values = [read_result(line)[field] for line in seeds["results"]] if seeds else []
-        spread = "one run"
-        if values:
-            decimals = len(printed.rstrip("%").partition(".")[2])
-            spread = f"{sum(values) / len(values):,.{decimals}f}"
-            spread += f" ({min(values):,.{decimals}f} to {max(values):,.{decimals}f})"
-            if min(values) == max(values):
-                spread = "always the same"
-        verdict = holds(claimed, printed, values)
+    for text, claimed, name, promise in (line.split(" | ") for line in CLAIMS.splitlines()):
+        field = promise.split()[0]
+        result = records["lessons"][name]["result"]
+        seeds = records["seeds"].get(name, {"results": []})["results"]
+        printed = read_words(result)[field]
+        values = sorted({read_words(line)[field] for line in seeds}, key=parse_number)
+        spread = " to ".join(dict.fromkeys([*values[:1], *values[-1:]])) or "one run"
+        verdict = "does not hold"
+        if printed == "none":
+            verdict = "not measured"
+        elif not all(broken_promises(promise, UP_TO.sub("", line)) for line in [result, *seeds]):
+            verdict = "holds"
         rows.append(f"| {text}, `{name}` | {claimed} | {printed} | {spread} | {verdict} |")
     return rows
 
 
-def fill_table(name, root, records):
-    if name in LEVELS:
-        return lessons_table(name, root, records)
-    tables = {
-        "map": map_table,
-        "files": files_table,
-        "glossary": glossary_table,
-        "results": results_table,
-    }
-    return tables[name](root, records)
-
-
 # MARKED PLACES
-def find_excerpt(words, root=ROOT):
-    """Return statements of a lesson, named by their first words.
+def fill_code(words, root, records):
+    """Return statements of a lesson, named by their first words, as a block of code.
 
     `intermediate/02_cnn def forward` is a function, and `basics/02_tensors a = ... print("Dev` are
     all statements from the first that begins so to the next that begins with the last words.
@@ -172,19 +109,13 @@ def find_excerpt(words, root=ROOT):
     ends = [node for node in nodes if lines[node.lineno - 1].lstrip().startswith(last)]
     end = min((node for node in ends if node.lineno > start.lineno), key=lambda node: node.lineno)
     end = end if last else start
-    return textwrap.dedent("\n".join(lines[start.lineno - 1 : end.end_lineno]))
+    code = textwrap.dedent("\n".join(lines[start.lineno - 1 : end.end_lineno]))
+    return ["```python", code, "```"]
 
 
-def wrap_lines(lines, width=110):
+def wrap_lines(lines):
     """Break the lines that a page cannot show without scrolling, such as a model's answers."""
-    wrapped = []
-    for line in lines:
-        indent = " " * (len(line) - len(line.lstrip()) + 4)
-        if len(line) > width:
-            wrapped += textwrap.wrap(line, width, subsequent_indent=indent)
-        else:
-            wrapped.append(line)
-    return wrapped
+    return [textwrap.fill(line, 110, subsequent_indent="    ") for line in lines]
 
 
 def fill_run(words, root, records):
@@ -194,9 +125,9 @@ def fill_run(words, root, records):
     """
     name, *ranges = words.split()
     card = read_card(root / "src" / f"{name}.py")
-    machine, entry = find_record("lessons", name, records)
-    printed = read_capture(name, root)[1].rstrip().splitlines()
-    place = "" if machine.endswith("no GPU") else f" on {machine}"
+    entry = records["lessons"][name]
+    printed = read_capture(name, root).rstrip().splitlines()
+    place = "" if entry["machine"].endswith("no GPU") else f" on {entry['machine']}"
     parts = [f"`{card['Run']}`", minutes(entry["seconds"]) + place]
     files = [f"`{file}`" for file in files_in(card["Makes"]) if not file.endswith(".png")]
     if files:
@@ -215,10 +146,32 @@ def fill_run(words, root, records):
 def fill_try(name, root, records):
     """Return the command that tries a prediction, and what it gave."""
     edit, expect = next(rest for first, *rest in PREDICTIONS if first == name)
-    _, entry = find_record("predictions", name, records)
     field = expect.split()[0]
+    value = read_words(records["predictions"][name]["result"])[field]
     command = f"uv run scripts/run_course.py try {name} --set {edit}"
-    return [f"`{command}` · recorded: `{field} = {read_words(entry['result'])[field]}`"]
+    return [f"`{command}` · recorded: `{field} = {value}`"]
+
+
+def fill_stamps(words, root, records):
+    """Return a line for each machine and day on which lessons were recorded."""
+    stamps = set()
+    for entry in records["lessons"].values():
+        driver = f", driver {entry['driver']}" if "driver" in entry else ""
+        versions = f"torch {entry['torch']}, Python {entry['python']}"
+        stamps.add(f"<sub>Recorded {entry['date']}, {entry['machine']}{driver}, {versions}</sub>")
+    return sorted(stamps)
+
+
+KINDS = {  # the first word of a mark: what fills it
+    "lessons": lessons_table,
+    "files": files_table,
+    "glossary": glossary_table,
+    "results": results_table,
+    "code": fill_code,
+    "run": fill_run,
+    "try": fill_try,
+    "stamps": fill_stamps,
+}
 
 
 def render(text, root=ROOT):
@@ -227,24 +180,15 @@ def render(text, root=ROOT):
 
     def fill_place(match):
         start, kind, words, end = match.groups()
-        if kind == "table":
-            lines = fill_table(words, root, records)
-        elif kind == "code":
-            lines = ["```python", find_excerpt(words, root), "```"]
-        elif kind == "run":
-            lines = fill_run(words, root, records)
-        elif kind == "try":
-            lines = fill_try(words, root, records)
-        elif kind == "stamps":
-            names = [name_of(lesson) for lesson in find_lessons(root)]
-            stamps = {stamp(*find_record("lessons", name, records)) for name in names}
-            lines = [f"<sub>Recorded {line}</sub>" for line in sorted(stamps)]
-        return start + "\n".join(lines) + "\n" + end
+        return start + "\n".join(KINDS[kind](words, root, records)) + "\n" + end
 
     def fill_value(match):
         start, name, field, end = match.groups()
-        result = find_record("lessons", name, records)[1]["result"]
-        return f"{start}{read_words(result)[field]}{end}"
+        if field == "minutes":  # of all lessons whose name begins so
+            begin = tuple(name.split(","))
+            runs = [run for other, run in records["lessons"].items() if other.startswith(begin)]
+            return start + minutes(sum(run["seconds"] for run in runs)) + end
+        return f"{start}{read_words(records['lessons'][name]['result'])[field]}{end}"
 
     return VALUE.sub(fill_value, PLACE.sub(fill_place, text))
 

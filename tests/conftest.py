@@ -1,5 +1,6 @@
 """What all tests share: the lessons, a copy of the course to run them in, and no network."""
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -14,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from course import find_lessons
+from course import find_lessons, read_card
 from get_data import find_source
 
 LESSONS = find_lessons()
@@ -64,6 +65,21 @@ def run(course, lesson, *flags, **options):
     return subprocess.run(
         [*command, path, *flags], check=False, capture_output=True, text=True, cwd="/", **options
     )
+
+
+@contextlib.contextmanager
+def served(lesson, model):
+    """Give a lesson that talks to Ollama the stand-in, with the model of a folder as smollm2."""
+    if "running Ollama" not in read_card(lesson)["Needs"]:
+        yield None
+        return
+    command = [sys.executable, ROOT / "tests" / "ollama_stand_in.py", "--model", model]
+    quiet = {**os.environ, "TQDM_DISABLE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as server:
+        try:
+            yield {**os.environ, "OLLAMA_HOST": server.stdout.readline().strip()}
+        finally:
+            server.terminate()
 
 
 def obey_permissions():

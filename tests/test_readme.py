@@ -49,11 +49,17 @@ def test_no_line_begins_with_the_mark_of_a_value():
     assert re.findall(r"(?m)^ *<!-- = .*", README) == []
 
 
+def test_the_map_counts_every_lesson():
+    counts = re.findall(r"(?m)^\| \[[\w ]+\]\(#[\w-]+\) \| .+ \| (\d+) \| [\d.]+ h \|", README)
+    assert len(counts) == 5
+    assert sum(map(int, counts)) == len(LESSONS)
+
+
 def test_every_lesson_has_a_section_in_the_same_shape():
     for lesson in LESSONS:
         name = course.name_of(lesson)
         section = SECTIONS[f"{lesson.parent.name}-{lesson.stem[:2]}"]
-        parts = [f"<!-- code {name} -->", f"<!-- run {name}", "**What it shows.**", "**Try it.**"]
+        parts = [f"<!-- code {name} ", f"<!-- run {name}", "**What it shows.**", "**Try it.**"]
         places = [section.find(part) for part in parts]
         assert -1 not in places, (name, parts[places.index(-1)])
         assert places == sorted(places), name

@@ -26,9 +26,8 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-import run_course
 import torch
-from conftest import ROOT, load_lesson
+from conftest import ROOT, load_lesson, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ollama_stand_in import BLOB, TOO_LONG, VERSION, CausalModel, Echo, StandIn
@@ -1188,9 +1187,8 @@ def test_a_second_run_replaces_the_folder_whole(ollama, tutor, tuned):
     assert not list(tuned.folder.parent.glob("*.part"))
 
 
-def test_the_stand_in_writes_no_bars_between_the_lines_of_the_course(project, capfd, monkeypatch):
-    monkeypatch.setattr(run_course, "needs_stand_in", lambda lesson: True)
-    with run_course.served("any lesson", project / "models" / "smollm2") as environment:
+def test_the_stand_in_writes_no_bars_between_the_lines_of_a_lesson(project, capfd):
+    with served(ROOT / "src" / f"{SERVE}.py", project / "models" / "smollm2") as environment:
         options = {"num_predict": 2}
         answer = post(
             environment["OLLAMA_HOST"],

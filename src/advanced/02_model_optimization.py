@@ -60,11 +60,8 @@ def load(model, path, lesson):
     """Load the weights in path into model, or stop and name the lesson that makes the file."""
     try:
         model.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
-    except FileNotFoundError:
-        sys.exit(f"{path} is missing. Make it with: uv run {lesson}")
-    except Exception as error:  # another network's weights, or another kind of file
-        reason = f"does not hold this network's weights ({type(error).__name__})"
-        sys.exit(f"{path} {reason}. Make it with: uv run {lesson}")
+    except Exception as error:  # no such file, or it does not hold this network's weights
+        sys.exit(f"Cannot load {path} ({type(error).__name__}). Make it with: uv run {lesson}")
     return model.eval()
 
 
@@ -123,11 +120,7 @@ def compare(base, other):
     picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
-    verdict = "no difference"
-    if low > 1:
-        verdict = "faster"
-    elif high < 1:
-        verdict = "slower"
+    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return np.median(base) / np.median(other), low, high, verdict
 
 

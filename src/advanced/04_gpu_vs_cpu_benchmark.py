@@ -73,11 +73,7 @@ def compare(base, other):
     picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
     ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
-    verdict = "no difference"
-    if low > 1:
-        verdict = "faster"
-    elif high < 1:
-        verdict = "slower"
+    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
     return np.median(base) / np.median(other), low, high, verdict
 
 

@@ -77,8 +77,7 @@ def main(quick=False):
 
     path = ROOT / ("models/quick" if quick else "models") / "plots/basics-07_activations.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(linear, bent, x, x**2).savefig(path.with_suffix(".part"), format="png")
-    path.with_suffix(".part").replace(path)  # a crash never leaves half a picture
+    draw(linear, bent, x, x**2).savefig(path)
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
     parameters = sum(parameter.numel() for parameter in bent.parameters())
     losses = f"linear_loss = {linear_loss:.4f}, relu_loss = {relu_loss:.4f}"

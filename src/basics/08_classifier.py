@@ -89,8 +89,7 @@ def main(quick=False):
         print(f"  Point {point}: class {probability > 0.5:d}, P(class 1) = {probability:.2%}")
     path = ROOT / ("models/quick" if quick else "models") / "plots/basics-08_classifier.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(model, points, labels).savefig(path.with_suffix(".part"), format="png")
-    path.with_suffix(".part").replace(path)  # a crash never leaves half a picture
+    draw(model, points, labels).savefig(path)
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
     train_accuracy = measure_accuracy(model(points), labels)
     points, labels = make_clouds(1000)  # new points

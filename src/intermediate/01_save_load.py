@@ -81,11 +81,8 @@ def save(model, path):
 def load(model, path, lesson):
     try:
         model.load_state_dict(torch.load(path, map_location=DEVICE, weights_only=True))
-    except FileNotFoundError:
-        sys.exit(f"{path} is missing. Make it with: uv run {lesson}")
-    except Exception as error:  # another network's weights, or another kind of file
-        reason = f"does not hold this network's weights ({type(error).__name__})"
-        sys.exit(f"{path} {reason}. Make it with: uv run {lesson}")
+    except Exception as error:  # no such file, or it does not hold this network's weights
+        sys.exit(f"Cannot load {path} ({type(error).__name__}). Make it with: uv run {lesson}")
     return model.eval()
 
 
