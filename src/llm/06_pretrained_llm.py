@@ -3,7 +3,7 @@
 Run:    uv run src/llm/06_pretrained_llm.py
 Needs:  nothing
 Makes:  models/smollm2/
-Expect: left_padded = 3 of 3, parameters = 134,515,008
+Expect: next_token = 'Paris', parameters = 134,515,008
 
 A language model computes how likely each token is to come next. SmolLM2 learned this from a large
 part of the web, and then from conversations. Temperature and top-p decide which token is written.
@@ -76,6 +76,7 @@ def load_pretrained(name):
 # PROBABILITIES: the temperature divides the logits before softmax. The order stays the same.
 @torch.inference_mode()
 def show_next_token(model, tokenizer):
+    """Print the probabilities of five tokens at each temperature; return the likeliest token."""
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(DEVICE)
     logits = model(ids).logits[0, -1].float()  # [vocabulary]
     likeliest = logits.topk(5).indices
@@ -86,6 +87,7 @@ def show_next_token(model, tokenizer):
         kept = (sums < TOP_P).sum() + 1  # the fewest tokens that make up TOP_P
         shares = " ".join(f"{share:6.1%}" for share in probabilities[likeliest])
         print(f"  at temperature {temperature}: {shares}, top-p {TOP_P} keeps {kept}")
+    return tokenizer.decode(likeliest[0]).strip()
 
 
 def write_chat(tokenizer, question):
@@ -110,20 +112,15 @@ def answer(model, tokenizer, questions, **options):
 
 
 def answer_questions(model, tokenizer, questions):
-    """Return how many answers are the same in a batch as one by one."""
     print(f"Chat: {write_chat(tokenizer, questions[0])!r}")
-    same = 0
-    batch = answer(model, tokenizer, questions, do_sample=False)
-    for question, in_batch in zip(questions, batch, strict=True):
-        (alone,) = answer(model, tokenizer, [question], do_sample=False)
-        same += alone == in_batch
-        print(f"Q: {question}\nA: {alone!r}")
+    answers = answer(model, tokenizer, questions, do_sample=False)  # always the likeliest token
+    for question, text in zip(questions, answers, strict=True):
+        print(f"Q: {question}\nA: {text!r}")
     torch.manual_seed(42)
     sampling = {"do_sample": True, "top_k": 0}
     for temperature in TEMPERATURES:
         (text,) = answer(model, tokenizer, questions[:1], temperature=temperature, **sampling)
         print(f"Temperature {temperature}: {text!r}")
-    return f"{same} of {len(questions)}"
 
 
 def main(quick=False, model=None, prompt=QUESTIONS[0]):
@@ -137,10 +134,10 @@ def main(quick=False, model=None, prompt=QUESTIONS[0]):
     print(f"{name}: {model.get_memory_footprint():,} bytes")
     for line, meaning in NEW_LINES.items():
         print(f"  {line} = {getattr(model.config, line, None)}\n    {meaning}")
-    show_next_token(model, tokenizer)
+    next_token = show_next_token(model, tokenizer)
     prompt = prompt.encode(errors="replace").decode()  # no half letters
-    same = answer_questions(model, tokenizer, [prompt, *QUESTIONS[1:]])
-    print(f"Result: left_padded = {same}, parameters = {model.num_parameters():,}")
+    answer_questions(model, tokenizer, [prompt, *QUESTIONS[1:]])
+    print(f"Result: next_token = {next_token!r}, parameters = {model.num_parameters():,}")
 
 
 if __name__ == "__main__":
