@@ -86,7 +86,7 @@ def results_table(words, root, records):
         verdict = "does not hold"
         if printed == "none":
             verdict = "not measured"
-        elif not all(broken_promises(promise, UP_TO.sub("", line)) for line in [result, *seeds]):
+        elif any(not broken_promises(promise, UP_TO.sub("", line)) for line in [result, *seeds]):
             verdict = "holds"
         rows.append(f"| {text}, `{name}` | {claimed} | {printed} | {spread} | {verdict} |")
     return rows
@@ -104,11 +104,11 @@ def fill_code(words, root, records):
     text = (root / "src" / f"{name}.py").read_text(encoding="utf-8")
     lines = text.splitlines()
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
-    starts = [node for node in nodes if lines[node.lineno - 1].lstrip().startswith(first)]
-    start = min(starts, key=lambda node: node.lineno)
-    ends = [node for node in nodes if lines[node.lineno - 1].lstrip().startswith(last)]
-    end = min((node for node in ends if node.lineno > start.lineno), key=lambda node: node.lineno)
-    end = end if last else start
+    nodes.sort(key=lambda node: node.lineno)
+    start = next(node for node in nodes if lines[node.lineno - 1].strip().startswith(first))
+    rest = [node for node in nodes if node.lineno > start.lineno]
+    ends = (node for node in rest if lines[node.lineno - 1].strip().startswith(last))
+    end = next(ends) if last else start
     code = textwrap.dedent("\n".join(lines[start.lineno - 1 : end.end_lineno]))
     return ["```python", code, "```"]
 
