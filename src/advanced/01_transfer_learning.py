@@ -33,9 +33,9 @@ SEED = 42
 def load_classes(train, limit=None):
     """Return images [N, 1, 28, 28] in 0..1 and labels [N] of the new task, on the device."""
     dataset = datasets.MNIST(ROOT / "data", train=train)
-    wanted = (dataset.targets < CLASSES).nonzero().flatten()[:limit]
-    images = dataset.data[wanted].unsqueeze(1).to(DEVICE) / 255  # [N, 28, 28] -> [N, 1, 28, 28]
-    return images, dataset.targets[wanted].to(DEVICE)
+    wanted = dataset.targets < CLASSES
+    images = dataset.data[wanted][:limit].unsqueeze(1) / 255  # [N, 28, 28] -> [N, 1, 28, 28]
+    return images.to(DEVICE), dataset.targets[wanted][:limit].to(DEVICE)
 
 
 # MODEL: the network of intermediate/02.
@@ -67,7 +67,7 @@ def load(model, path, lesson):
 def train(model, inputs, labels, epochs):
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     for epoch in range(1, epochs + 1):
-        total_loss = torch.zeros((), device=DEVICE)
+        total_loss = 0.0
         batches = torch.randperm(len(labels), device=DEVICE).split(BATCH_SIZE)
         for batch in batches:
             loss = F.cross_entropy(model(inputs[batch]), labels[batch])
@@ -112,7 +112,7 @@ def main(quick=False):
     old_accuracy = (old_answers == test_labels).float().mean()
     print(f"Test accuracy: new layer {accuracy:.2%}, old layer {old_accuracy:.2%}")
     count = sum(parameter.numel() for parameter in new_layer.parameters())
-    result = f"test_accuracy = {accuracy:.2%}, trainable = {count}, gain_over_frozen = {gain:.2f}"
+    result = f"test_accuracy = {accuracy:.2%}, trainable = {count}, gain_by_storing = {gain:.2f}"
     print(f"Result: {result}, data = {(ROOT / 'data/MNIST/SOURCE').read_text()}")
 
 

@@ -62,14 +62,12 @@ class MNISTTrainingPipeline:
         self.model = CNN().to(DEVICE, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.lr = lr
-        print(f"Training pipeline ready | device: {DEVICE}")
 
     def train(self, epochs=EPOCHS, data=None):
-        """Train on data (images and labels), or on MNIST. A second call continues the training."""
-        images, labels = (part.to(DEVICE) for part in data or load_mnist(train=True))
+        """Train on images and labels on DEVICE, or on MNIST. A second call continues."""
+        images, labels = data or load_mnist(train=True)
         steps = epochs * math.ceil(len(labels) / BATCH_SIZE)
         schedule = OneCycleLR(self.optimizer, self.lr, steps, cycle_momentum=False)
-        self.model.train()
         for epoch in range(1, epochs + 1):
             for batch in torch.randperm(len(labels), device=DEVICE).split(BATCH_SIZE):
                 loss = F.cross_entropy(self.model(images[batch]), labels[batch])
@@ -77,7 +75,7 @@ class MNISTTrainingPipeline:
                 loss.backward()
                 self.optimizer.step()
                 schedule.step()
-            print(f"Epoch {epoch}/{epochs} | Loss: {loss:.4f}")
+            print(f"Epoch {epoch}/{epochs} | Loss of the last batch: {loss:.4f}")
 
     def save(self, path):
         """Write a temporary file, then rename it. A crash never leaves half a checkpoint."""
@@ -126,12 +124,12 @@ def find_paper(image):
 def fit(gray):
     """Return gray values [H, W] as an image [28, 28] that looks like MNIST: ink 1, paper 0."""
     low, high = gray.min(), gray.max()
-    if not high - low > 0.05 * max(abs(low), abs(high)):
+    if not high - low > 0.05 * max(abs(low), abs(high)):  # also if a value is not a number
         raise ValueError("it is blank")
     page = torch.from_numpy((gray - low) / (high - low)).float()[None, None]  # [1, 1, H, W]
     small = resize(page, min(1, 40 / max(page.shape)))  # to look for paper and ink
     reach = max(small.shape) // 3
-    lightest = F.max_pool2d(small, 2 * reach + 1, stride=1, padding=reach)
+    lightest = F.max_pool2d(small, 2 * reach + 1, stride=1, padding=reach)  # around each pixel
     darkest = -F.max_pool2d(-small, 2 * reach + 1, stride=1, padding=reach)
     darkness = lightest + darkest - 2 * small
     if darkness.sum() > darkness[..., 1:-1, 1:-1].sum():  # at the border: the paper is dark
@@ -157,7 +155,7 @@ def fit(gray):
     return F.pad(ink, (left, 28 - width - left, top, 28 - height - top))
 
 
-# INFERENCE: other programs import this class, so it raises errors and never exits.
+# INFERENCE: a program that uses this class must go on after a bad picture, so it never exits.
 class MNISTInferencePipeline:
     def __init__(self, model_path):
         self.model = CNN().to(DEVICE, memory_format=torch.channels_last)
@@ -167,7 +165,6 @@ class MNISTInferencePipeline:
             problem = f"{model_path} cannot be used ({type(error).__name__}). Train a network with"
             raise ValueError(f"{problem}: uv run src/advanced/03_inference_pipeline.py") from error
         self.model.eval()
-        print(f"Inference pipeline ready | device: {DEVICE}")
 
     def predict(self, image):
         return self.predict_batch([image])[0]
@@ -205,6 +202,11 @@ def show_answers(names, results):
     return sum("error" in result for result in results)
 
 
+def share_right(results, labels):
+    digits = [result["digit"] for result in results]
+    return np.mean([digit == label for digit, label in zip(digits, labels, strict=True)])
+
+
 def main(quick=False, image=None, model=None):
     path = ROOT / ("models/quick" if quick else "models") / "mnist_pipeline.pth"
     if image:
@@ -221,15 +223,15 @@ def main(quick=False, image=None, model=None):
     pipeline = MNISTInferencePipeline(path)
     test_set = datasets.MNIST(ROOT / "data", train=False)
     places = range(0, len(test_set), 20 if quick else 4)  # every fourth image
-    images, labels = zip(*(test_set[place] for place in places), strict=True)
+    images = [test_set[place][0] for place in places]
+    labels = [test_set[place][1] for place in places]
     scans = [scan(image) for image in images]
     mixed = [images[0], "missing.png", scans[1], Image.new("L", (28, 28))]
     refused = show_answers(["as it is", "no file", "scan", "blank"], pipeline.predict_batch(mixed))
-    digits = [result["digit"] for result in pipeline.predict_batch([*images, *scans])]
-    right = np.equal(digits, [*labels, *labels]).reshape(2, -1).mean(axis=1)
-    result = f"test_accuracy = {right[0]:.2%}, scan_accuracy = {right[1]:.2%}"
-    source = (ROOT / "data/MNIST/SOURCE").read_text()
-    print(f"Result: {result}, refused = {refused}, data = {source}")
+    accuracy = share_right(pipeline.predict_batch(images), labels)
+    on_scans = share_right(pipeline.predict_batch(scans), labels)
+    result = f"test_accuracy = {accuracy:.2%}, scan_accuracy = {on_scans:.2%}, refused = {refused}"
+    print(f"Result: {result}, data = {(ROOT / 'data/MNIST/SOURCE').read_text()}")
 
 
 if __name__ == "__main__":

@@ -70,10 +70,17 @@ def time_in_turn(calls, seconds=2.0):
 def compare(base, other):
     """Return how many times as fast other is, its 95% interval (bootstrap), and a verdict."""
     base, other = np.array(base), np.array(other)
-    picks = np.random.default_rng(0).integers(len(base), size=(1000, len(base)))
-    ratios = np.median(base[picks], axis=1) / np.median(other[picks], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as it is shown
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
+    random = np.random.default_rng(0)
+    ratios = []
+    for _ in range(1000):
+        picks = random.integers(len(base), size=len(base))  # some rounds twice, some never
+        ratios.append(np.median(base[picks]) / np.median(other[picks]))
+    low, high = np.percentile(ratios, [2.5, 97.5]).round(2)  # as printed: 1.004 counts as 1.00
+    verdict = "no difference"
+    if low > 1:
+        verdict = "faster"
+    elif high < 1:
+        verdict = "slower"
     return np.median(base) / np.median(other), low, high, verdict
 
 
@@ -93,7 +100,7 @@ def measure(kind, sizes, seconds, axes):
         times = time_in_turn(calls, seconds)
         ratio, low, high, verdict = compare(times[first], times[second])
         if verdict != "faster":
-            limit = size  # all larger sizes are faster
+            limit = size  # the largest so far that is not faster
         amount = 2 * size**3 / 1e9 if kind == "Matrix product" else size
         for side, own in times.items():
             rates[side].append(amount / np.median(own))
@@ -101,7 +108,10 @@ def measure(kind, sizes, seconds, axes):
         rows[size] = (f"{low:.2f} to {high:.2f}", difference.item())
         row = f"  {size:5} | {rates[first][-1]:9,.0f} | {rates[second][-1]:9,.0f}"
         print(f"{row} | {ratio:.2f} ({low:.2f} to {high:.2f}): {verdict}")
-    print(f"  {second}: faster at every measured size above {limit}")
+    if limit == sizes[-1]:
+        print(f"  {second}: not faster at the largest size")
+    else:
+        print(f"  {second}: faster at every measured size above {limit}")
     for side, values in rates.items():
         axes.loglog(sizes, values, "o-", label=side)
     axes.set(title=kind, xlabel="size", ylabel=unit)

@@ -10,7 +10,6 @@ outputs of the layers, are kept for each image until the backward pass. They fil
 """
 
 import argparse
-import contextlib
 import sys
 
 import torch
@@ -29,8 +28,8 @@ def make_images(count):
     return images, torch.randint(10, (count,), device=DEVICE)
 
 
-# MODEL: few weights, many activations. GroupNorm, because with BatchNorm the result for an image
-# would depend on the other images in its part of the batch.
+# MODEL: few weights, many activations. GroupNorm brings the numbers of an image to one size. With
+# BatchNorm, they would depend on the other images in the same part of the batch.
 def build_deep_network():
     model = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1))  # [N, 16, 14, 14]
     for _ in range(4):  # blocks of two convolutions
@@ -41,31 +40,25 @@ def build_deep_network():
     return model.to(DEVICE)
 
 
-# COUNT: PyTorch calls `pack` for each tensor that it keeps for the backward pass.
-@contextlib.contextmanager
-def count_kept(known):
-    """Yield {address: bytes} of what is kept, without the known tensors."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in known}
-    kept = {}
+# THREE METHODS: parts of a batch, activation checkpointing, and activations of 16 bits.
+def batch_gradients(model, images, labels, parts=1, checkpointing=False, half=False):
+    """Return the batch's gradients in one row, and the most bytes kept for a part."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in [images, *model.parameters()]}
+    kept = {}  # {address in memory: bytes}
 
-    def pack(tensor):
+    def keep(tensor):  # PyTorch calls it for each tensor that it keeps for the backward pass
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()  # two views of one storage count once
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-
-
-# THREE METHODS: parts of a batch, activation checkpointing, and activations of 16 bits.
-def batch_gradients(model, images, labels, parts=1, checkpointing=False, half=False):
-    """Return the batch's gradients in one row, and the most bytes kept for a part."""
-    known = [images, *model.parameters()]
+    count = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    half_precision = torch.autocast(DEVICE.type, torch.bfloat16, enabled=half)
     most = 0
     model.zero_grad()
     for part, answers in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-        with count_kept(known) as kept, torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+        kept.clear()
+        with count, half_precision:
             if checkpointing:  # keep only each block's input, and compute the block twice
                 logits = checkpoint_sequential(model, len(model), part, use_reentrant=False)
             else:
@@ -79,17 +72,19 @@ def batch_gradients(model, images, labels, parts=1, checkpointing=False, half=Fa
 # WHERE THE MEMORY GOES: only the activations grow with the batch.
 def show_memory(model, sizes):
     """Print the size of each part; return the bytes of activations for an image."""
-    weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e3
-    print(f"On {DEVICE.type}: {weights:.0f} kB of weights, {weights:.0f} kB of gradients")
+    print(f"What fills the memory, on {DEVICE.type}")
     for size in sizes:
         _, kept = batch_gradients(model, *make_images(size))
         per_image = kept / size
         print(f"  batch of {size:4}: {kept / 1e6:6.1f} MB kept, {per_image / 1e3:.0f} kB an image")
+    weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e3
+    gradients = sum(parameter.grad.nbytes for parameter in model.parameters()) / 1e3
+    print(f"  for each batch: {weights:.0f} kB of weights, {gradients:.0f} kB of gradients")
     sgd = torch.optim.SGD(model.parameters(), momentum=0.9)  # without momentum, it keeps no state
     for optimizer in (sgd, torch.optim.Adam(model.parameters())):
         optimizer.step()
         state = [tensor.nbytes for one in optimizer.state.values() for tensor in one.values()]
-        print(f"  {type(optimizer).__name__:4} keeps {sum(state) / 1e3:5.0f} kB of optimizer state")
+        print(f"  {type(optimizer).__name__:4} keeps {sum(state) / 1e3:.0f} kB of optimizer state")
     if DEVICE.type == "cuda":
         print(f"  at most {torch.cuda.max_memory_allocated() / 1e6:.0f} MB allocated")
         torch.cuda.empty_cache()  # other programs can now use the memory of deleted tensors
@@ -153,7 +148,7 @@ def main(quick=False, batch_sizes=None):
     if DEVICE.type == "cuda":
         batch = int(1.2 * torch.cuda.mem_get_info()[0] / bytes_per_image)
         limit = float("inf")
-    print(f"A batch of {batch} images, more than the memory holds")
+    print(f"A batch of {batch} images that needs more memory than the limit")
     parts = fit_into_memory(model, *make_images(batch), limit)
     outcome = "survived" if parts > 1 else "did not happen"
     difference = max(differences["checkpointing"], differences["accumulation"])

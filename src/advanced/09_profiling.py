@@ -40,20 +40,20 @@ def standardize_each(images):
     return torch.stack([standardize(image) for image in images])
 
 
-# TRAIN: the arguments contain the faults. record_function names the parts for the profiler.
+# TRAIN: three arguments contain the faults. record_function names the parts for the profiler.
 def build_network():
     torch.manual_seed(0)  # the same first weights for each loop
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     return model.to(DEVICE)
 
 
-def train(model, images, labels, batch_size, prepare, read):
+def train(model, images, labels, batch_size, one_by_one, wait):
     """Train on all images once; return the weights in one row."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     total_loss = 0.0
     for batch in torch.arange(len(images), device=images.device).split(batch_size):
         with record_function("prepare"):
-            inputs = prepare(images[batch])
+            inputs = standardize_each(images[batch]) if one_by_one else standardize(images[batch])
         with record_function("transfer"):  # does nothing if the data is there already
             inputs = inputs.to(DEVICE)
             answers = labels[batch].to(DEVICE)
@@ -63,7 +63,7 @@ def train(model, images, labels, batch_size, prepare, read):
             loss.backward()
             optimizer.step()
         with record_function("report"):
-            total_loss += read(loss)  # item() waits for the GPU, detach() does not
+            total_loss += loss.item() if wait else loss.detach()  # item() waits for the GPU
     float(total_loss)  # waits for the GPU
     return nn.utils.parameters_to_vector(model.parameters())
 
@@ -72,12 +72,16 @@ def make_settings():
     """Return the arguments of train: with three faults, then with one repair after the other."""
     images = torch.randint(256, (IMAGES, 28, 28)).byte()
     labels = torch.randint(10, (IMAGES,))
-    moved = (images.to(DEVICE), labels.to(DEVICE))  # bytes: a quarter of the size of float32
+    slow = {"images": images, "labels": labels, "batch_size": SMALL}
+    slow |= {"one_by_one": True, "wait": True}
+    moved = {"images": images.to(DEVICE), "labels": labels.to(DEVICE)}  # bytes, not float32
+    whole = {**slow, "one_by_one": False}
+    once = {**whole, **moved, "wait": False}
     return {
-        "all three faults": (images, labels, SMALL, standardize_each, torch.Tensor.item),
-        "1 prepare whole batches": (images, labels, SMALL, standardize, torch.Tensor.item),
-        "2 transfer and wait once": (*moved, SMALL, standardize, torch.Tensor.detach),
-        f"3 batches of {IMAGES}": (*moved, IMAGES, standardize, torch.Tensor.detach),
+        "all three faults": slow,
+        "1 prepare whole batches": whole,
+        "2 transfer and wait once": once,
+        f"3 batches of {IMAGES}": {**once, "batch_size": IMAGES},
     }
 
 
@@ -85,16 +89,16 @@ def make_settings():
 def show_profile(settings):
     """Print where the CPU spends its time; return the profile, its waits, and the weights."""
     model = build_network()
-    train(model, *settings)  # the first run is slower
+    train(model, **settings)  # the first run is slower
     with profile(activities=supported_activities(), acc_events=True) as recorded:
-        weights = train(model, *settings)
+        weights = train(model, **settings)
     events = {event.key: event for event in recorded.key_averages() if event.cpu_time_total > 0}
     operations = [event for name, event in events.items() if name.startswith("aten::")]
     operations.sort(key=lambda event: -event.self_cpu_time_total)  # the slowest first
     print("  part of the loop                  CPU ms")
     for name in PARTS:
         print(f"  {name:30} {events[name].cpu_time_total / 1e3:9.1f}")
-    print("  operation                         CPU ms  GPU ms  calls")
+    print("  operation                     own CPU ms  GPU ms  calls")
     for event in [*operations[:7], events["aten::item"]]:
         cpu = event.self_cpu_time_total / 1e3
         gpu = event.self_device_time_total / 1e3
@@ -128,7 +132,7 @@ def main(quick=False):
     recorded, waits_before, weights_before = show_profile(settings["all three faults"])
     models = ROOT / ("models/quick" if quick else "models")
     save_trace(recorded, models / "advanced-09_profiling_trace.json")
-    calls = {name: partial(train, build_network(), *values) for name, values in settings.items()}
+    calls = {name: partial(train, build_network(), **one) for name, one in settings.items()}
     times = time_in_turn(calls, seconds=0.02 if quick else 2.0)
     medians = {name: np.median(seconds) for name, seconds in times.items()}
     print("One repair after the other         images/s  times as fast")

@@ -105,8 +105,8 @@ def train(method, steps):
 
 # WORK: what each process runs.
 def work(quick):
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what gloo prints goes to the errors
+    sys.stdout = os.fdopen(os.dup(1), "w")  # for this program's own lines
+    os.dup2(2, 1)  # what libraries such as gloo print goes to the errors
     if ENOUGH_GPUS:
         torch.cuda.set_device(DEVICE)
     backend = "cpu:gloo,cuda:nccl" if ENOUGH_GPUS else "gloo"

@@ -5,8 +5,8 @@ Needs:  nothing
 Makes:  nothing
 Expect: exit_code = 1, restart_difference = 0.000000000, seven_b = 6,738,415,616
 
-While 16,384 GPUs trained Llama 3, something failed every three hours (arXiv:2407.21783). Then
-torchrun stops all processes and starts them again, and they continue from the last checkpoint.
+While 16,384 GPUs trained Llama 3, something failed every three hours (arXiv:2407.21783). After such
+a failure, torchrun starts all processes again, and they continue from the last checkpoint.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def resume(model, optimizer, path):
 
 # WORK: what each process runs. In each attempt, the last process is killed after some steps.
 def work_until_killed(path):
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what gloo prints goes to the errors
+    sys.stdout = os.fdopen(os.dup(1), "w")  # for this program's own lines
+    os.dup2(2, 1)  # what libraries such as gloo print goes to the errors
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     ranks = dist.get_world_size()

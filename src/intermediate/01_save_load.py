@@ -5,8 +5,8 @@ Needs:  nothing
 Makes:  models/simplenet.pth, models/simplenet_training.pth
 Expect: reloaded_equal = True, resumed_equal = True, error_at_10 <= 0.05
 
-A state_dict is a dictionary with all numbers that an object has learned. If you load it into a new
-network, you get the same predictions. To go on with training, you also need the optimizer's state.
+A network's state_dict is a dictionary: it gives each of its tensors a name. If you load it into a
+new network, you get the same predictions. To go on with training, you need the optimizer's, too.
 """
 
 import argparse
@@ -35,42 +35,27 @@ class SimpleNet(nn.Module):
         return self.layer2(torch.relu(self.layer1(x)))  # [N, 8] -> [N, 1]
 
 
-# TRAIN: one object holds all that training needs to go on: weights, optimizer state and step.
-class Training:
-    def __init__(self):
-        self.model = SimpleNet().to(DEVICE)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-        self.step = 0
-
-    def state_dict(self):
-        weights = self.model.state_dict()
-        return {"model": weights, "optimizer": self.optimizer.state_dict(), "step": self.step}
-
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])  # Adam keeps two averages per weight
-        self.step = state["step"]
-
-    def run(self, steps):
-        x = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], device=DEVICE)  # [5, 1]
-        losses = []
-        while self.step < steps:
-            loss = F.mse_loss(self.model(x), 2 * x + 1)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            self.step += 1
-            losses.append(loss.item())
-        return losses
+# TRAIN: the five steps of basics/06.
+def train(model, optimizer, steps):
+    """Train, and return the loss of each step."""
+    x = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], device=DEVICE)  # [5, 1]
+    losses = []
+    for _ in range(steps):
+        loss = F.mse_loss(model(x), 2 * x + 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 # SAVE: write a temporary file, then rename it. A crash never leaves half a checkpoint.
-def save(model, path):
+def save(state, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:  # an open file reports a full disk as OSError
-            torch.save(model.state_dict(), file)
+            torch.save(state, file)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -86,12 +71,12 @@ def load(model, path, lesson):
     return model.eval()
 
 
-# PREDICT: one input far from the five points, and three near them.
+# PREDICT: one input to the left of the five points, and three to the right.
 def predict(model):
     for x in (-10, 6, 7, 10):
         y = model(torch.tensor([float(x)], device=DEVICE)).item()
         print(f"  x = {x}: predicted {y:.2f}, expected {2 * x + 1}")
-    return abs(y - 21)  # the error at x = 10
+    return abs(y - 21)  # the error at x = 10, the last one
 
 
 def main(quick=False, file=None):
@@ -101,27 +86,36 @@ def main(quick=False, file=None):
         return
     models = ROOT / ("models/quick" if quick else "models")
     torch.manual_seed(SEED)
-    training = Training()
-    training.run(100)
-    save(training, models / "simplenet_training.pth")
-    losses = training.run(STEPS)
-    resumed = Training()  # a new network and a new optimizer, as after a crash
-    state = torch.load(models / "simplenet_training.pth", map_location=DEVICE, weights_only=True)
-    resumed.load_state_dict(state)
-    resumed_losses = resumed.run(STEPS)
+    model = SimpleNet().to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    train(model, optimizer, 100)
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 100}
+    save(checkpoint, models / "simplenet_training.pth")
+    losses = train(model, optimizer, STEPS - 100)
+
+    # RESUME, as after a crash: a new network, a new optimizer, and the file.
+    resumed = SimpleNet().to(DEVICE)
+    optimizer = torch.optim.Adam(resumed.parameters(), lr=0.01)
+    file = models / "simplenet_training.pth"
+    checkpoint = torch.load(file, map_location=DEVICE, weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])  # Adam keeps two averages per weight
+    resumed_losses = train(resumed, optimizer, STEPS - checkpoint["step"])
     print("Next losses without a stop:", losses[:3])
     print("Next losses when resumed:  ", resumed_losses[:3])
-    save(training.model, models / "simplenet.pth")
+
+    save(model.state_dict(), models / "simplenet.pth")
     reloaded = load(SimpleNet().to(DEVICE), models / "simplenet.pth", lesson)
     error = predict(reloaded)
-    same = all(map(torch.equal, training.model.parameters(), reloaded.parameters()))
+    weights = nn.utils.parameters_to_vector(model.parameters())  # all of them in one row
+    same = torch.equal(weights, nn.utils.parameters_to_vector(reloaded.parameters()))
     equal = f"reloaded_equal = {same}, resumed_equal = {losses == resumed_losses}"
     print(f"Result: {equal}, error_at_10 = {error:.2f}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a short test, saves to models/quick/")
+    parser.add_argument("--quick", action="store_true", help="the same, saves to models/quick/")
     parser.add_argument("--load", type=Path, metavar="FILE", help="only load this file and predict")
     arguments = parser.parse_args()
     try:
