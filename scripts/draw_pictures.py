@@ -441,7 +441,7 @@ DRAWINGS = {
     "basics-06_forward_and_backward": forward_and_backward,
     "basics-06_gradient_descent": gradient_descent,
     "intermediate-02_convolution": convolution,
-    "intermediate-03_splits": splits,
+    "intermediate-04_splits": splits,
     "advanced-01_transfer": transfer,
     "advanced-02_quantization": quantization,
     "advanced-05_asynchronous": asynchronous,

@@ -60,6 +60,7 @@ MASKS = {  # what may differ between two runs of a lesson
     r"(?m)^\[\d+ tokens read.*$": "COUNTERS",
     r"(?m)^(A|  PyTorch|  Ollama): .*(\n   .*)*": r"\1: TEXT",
     r"data = .+": "data = DATA",
+    r"next_token = '.*'": "next_token = TOKEN",
     r"(?m)^(eager|TF32|\w+ autocast|channels_last|torch\.compile|TorchScript|AOTInductor"
     r"|CUDA graphs|ONNX Runtime|TensorRT|int8 torch\S+|compile time in)[^|\n]*\|.*": "ROW",
     r"\): (faster|slower|no difference)": "): VERDICT",
@@ -273,7 +274,7 @@ spec.loader.exec_module(lesson)
 lesson.ROOT = pathlib.Path(sys.argv[2])
 model = torch.nn.Linear(1000, 1000)
 while True:
-    lesson.save(model, lesson.ROOT / "kept.pth")
+    lesson.save(model.state_dict(), lesson.ROOT / "kept.pth")
 """
 
 

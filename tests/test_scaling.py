@@ -31,22 +31,30 @@ def memory():
     return load_lesson(MEMORY)
 
 
-def test_each_storage_counts_once_and_known_tensors_do_not_count(memory):
-    x = torch.randn(100, 100, requires_grad=True)
-    for work, size in (
-        (lambda: x + x, 0),
-        (lambda: x.exp(), 40_000),
-        (lambda: x.exp() * x.exp().T, 80_000),
-        (lambda: x * x, 0),
-    ):
-        with memory.count_kept([x]) as kept:
-            result = work()
-        assert sum(kept.values()) == size
-        del result
-    with memory.count_kept([]) as kept:
-        result = x * x.T  # two views of one storage
-    assert sum(kept.values()) == 40_000
-    del result
+@pytest.mark.parametrize(
+    ("work", "size"),
+    [
+        (lambda x: x + x, 0),
+        (lambda x: x.exp(), 40_000),
+        (lambda x: x.exp() * x.exp().T, 80_000),
+        (lambda x: x * x, 0),
+        (lambda x: x * x.T, 0),
+        (lambda x: (x + 1) * (x + 1).T, 80_000),
+        (lambda x: (y := x + 1) * y.T, 40_000),  # two views of one storage
+    ],
+)
+def test_each_storage_counts_once_and_known_tensors_do_not_count(memory, monkeypatch, work, size):
+    class Work(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = torch.nn.Parameter(torch.randn(100, 100))
+
+        def forward(self, images):
+            return work(self.x)
+
+    monkeypatch.setattr(memory.F, "cross_entropy", lambda result, labels: result.sum())
+    _, kept = memory.batch_gradients(Work().to(memory.DEVICE), *memory.make_images(1))
+    assert kept == size
 
 
 def test_bytes_kept_grow_with_the_batch_and_can_be_added_up_by_hand(memory):
@@ -159,18 +167,16 @@ def make_bytes(count):
 def test_repaired_faults_do_not_change_the_weights(profiling):
     images, labels = make_bytes(40)
     moved = images.to(profiling.DEVICE), labels.to(profiling.DEVICE)
-    item, detach = torch.Tensor.item, torch.Tensor.detach
-    each, whole = profiling.standardize_each, profiling.standardize
-    slow = profiling.train(profiling.build_network(), images, labels, 8, each, item)
-    repaired = profiling.train(profiling.build_network(), *moved, 8, whole, detach)
-    large = profiling.train(profiling.build_network(), *moved, 40, whole, detach)
+    slow = profiling.train(profiling.build_network(), images, labels, 8, True, True)
+    repaired = profiling.train(profiling.build_network(), *moved, 8, False, False)
+    large = profiling.train(profiling.build_network(), *moved, 40, False, False)
     torch.testing.assert_close(repaired, slow)
     assert not torch.allclose(large, slow), "larger batches are a different training"
 
 
 def test_the_profiler_sees_each_fault_and_its_trace_can_be_read(profiling, capsys, recwarn):
     images, labels = make_bytes(256)
-    slow = images, labels, 8, profiling.standardize_each, torch.Tensor.item
+    slow = {"images": images, "labels": labels, "batch_size": 8, "one_by_one": True, "wait": True}
     recorded, waits, _ = profiling.show_profile(slow)
     assert waits == 32
     shown = capsys.readouterr().out

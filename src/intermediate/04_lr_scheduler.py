@@ -84,13 +84,10 @@ def measure(name, epochs, repeats):
     losses = []
     for seed in range(SEED, SEED + repeats):
         torch.manual_seed(seed)
-        train_data = make_samples(1000)
-        validation_data = make_samples(500)
-        test_data = make_samples(5000)
         layers = [nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0)]
         model = nn.Sequential(*layers).to(DEVICE)  # [N, 4] -> [N, 16] -> [N, 1] -> [N], logits
-        rates = train(model, name, train_data, validation_data, epochs)
-        losses.append(evaluate(model, *test_data))
+        rates = train(model, name, make_samples(1000), make_samples(500), epochs)
+        losses.append(evaluate(model, *make_samples(5000)))
     return rates, losses
 
 

@@ -61,8 +61,7 @@ def attempt(name, function, *arguments):
         print(f"  {name}: {str(error).splitlines()[0]}")
 
 
-# LOADING: images per second that reach the device. timeit(4) measures four epochs, after two that
-# do not count.
+# LOADING: images per second that reach the device, in four epochs after two that do not count.
 def read_all(loader):
     for images, _ in loader:
         images.to(DEVICE, non_blocking=loader.pin_memory)

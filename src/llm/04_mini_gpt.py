@@ -23,6 +23,7 @@ the cat ran on the mat
 the dog sat fast
 the cat and dog sat on the mat
 the dog and cat ran fast"""
+CHARACTERS = sorted(set(TEXT))  # the place of a character in this list is its number
 CONTEXT = 16  # the model sees so many characters at once
 STEPS = 1000
 BATCH_SIZE = 8
@@ -31,13 +32,8 @@ TEMPERATURE = 0.5  # low: only likely characters; high: almost any
 SEED = 42
 
 
-# DATA: each different character of TEXT has a number.
 def to_ids(text):
-    characters = sorted(set(TEXT))
-    if not text or not set(text) <= set(characters):
-        known = "".join(characters)
-        sys.exit(f"MiniGPT only knows the characters {known!r}. It cannot continue {text!r}.")
-    return torch.tensor([characters.index(character) for character in text], device=DEVICE)
+    return torch.tensor([CHARACTERS.index(character) for character in text], device=DEVICE)
 
 
 # MODEL: blocks as in llm/03, between the embeddings and a last layer.
@@ -97,23 +93,21 @@ def generate(model, prompt, length, temperature):
         logits = model(ids[:, -CONTEXT:])[:, -1]  # [1, vocab_size]
         probabilities = F.softmax(logits / temperature, dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
-    characters = sorted(set(TEXT))
-    return "".join(characters[number] for number in ids[0].tolist())
+    return "".join(CHARACTERS[number] for number in ids[0].tolist())
 
 
-def main(quick=False, prompt=None):
+def main(quick=False):
     torch.manual_seed(SEED)
     if len(TEXT) < 2:
         sys.exit("TEXT is too short: MiniGPT needs at least two characters to learn from.")
-    prompt = TEXT[:7] if prompt is None else prompt
-    to_ids(prompt)  # refuses unknown characters now, not after the training
     window = min(CONTEXT + 1, len(TEXT))  # the last character of a window is only predicted
     windows = to_ids(TEXT).unfold(0, window, 1)  # [windows, window]
-    model = MiniGPT(len(set(TEXT)), max_seq_len=max(32, CONTEXT)).to(DEVICE)
-    print(f"{len(TEXT)} characters, {len(set(TEXT))} different, {len(windows)} windows")
+    model = MiniGPT(len(CHARACTERS), max_seq_len=max(32, CONTEXT)).to(DEVICE)
+    print(f"{len(TEXT)} characters, {len(CHARACTERS)} different, {len(windows)} windows")
     train(model, windows, steps=100 if quick else STEPS)
 
     loss = language_loss(model, windows).item()
+    prompt = TEXT[:7]
     for temperature in [TEMPERATURE, 1.0, 2.0]:
         print(f"Temperature {temperature}: {generate(model, prompt, 60, temperature)!r}")
     text = generate(model, prompt, 60 if quick else 600, TEMPERATURE)
@@ -127,6 +121,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some letters
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a short test: 100 steps")
-    parser.add_argument("--prompt", help="the text to continue (the first characters of TEXT)")
     arguments = parser.parse_args()
-    main(arguments.quick, arguments.prompt)
+    main(arguments.quick)

@@ -68,8 +68,6 @@ def load_pretrained(name):
     except Exception as error:
         reason = str(error).partition("\n")[0]
         sys.exit(f"Cannot load {name} ({type(error).__name__}): {reason}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"  # so that each question ends where its answer begins
     return model.to(DEVICE).eval(), tokenizer
 
 
@@ -98,28 +96,27 @@ def write_chat(tokenizer, question):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-# ANSWER: the model writes one token after the other. Several questions form one batch.
+# ANSWER: the model writes one token after the other.
 @torch.inference_mode()
-def answer(model, tokenizer, questions, **options):
-    texts = [write_chat(tokenizer, question) for question in questions]
-    batch = tokenizer(texts, return_tensors="pt", padding=True).to(DEVICE)
-    start = batch["input_ids"].shape[1]
+def answer(model, tokenizer, question, **options):
+    chat = tokenizer(write_chat(tokenizer, question), return_tensors="pt").to(DEVICE)
+    start = chat["input_ids"].shape[1]
     limit = getattr(model.config, "max_position_embeddings", None)  # some models have none
     if limit and start + LENGTH > limit:
         sys.exit(f"The model sees {limit} tokens. Give a --prompt shorter than {start} tokens.")
-    ids = model.generate(**batch, max_new_tokens=LENGTH, **options)  # [N, start + LENGTH]
-    return tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+    ids = model.generate(**chat, max_new_tokens=LENGTH, **options)  # [1, start + LENGTH]
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
 def answer_questions(model, tokenizer, questions):
     print(f"Chat: {write_chat(tokenizer, questions[0])!r}")
-    answers = answer(model, tokenizer, questions, do_sample=False)  # always the likeliest token
-    for question, text in zip(questions, answers, strict=True):
+    for question in questions:
+        text = answer(model, tokenizer, question, do_sample=False)  # always the likeliest token
         print(f"Q: {question}\nA: {text!r}")
     torch.manual_seed(42)
-    sampling = {"do_sample": True, "top_k": 0}
+    sampling = {"do_sample": True, "top_k": 0, "top_p": TOP_P}
     for temperature in TEMPERATURES:
-        (text,) = answer(model, tokenizer, questions[:1], temperature=temperature, **sampling)
+        text = answer(model, tokenizer, questions[0], temperature=temperature, **sampling)
         print(f"Temperature {temperature}: {text!r}")
 
 

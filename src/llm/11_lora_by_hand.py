@@ -104,7 +104,8 @@ def main(quick=False):
     lesson = "src/llm/06_pretrained_llm.py" + (" --quick" if quick else "")
     models = ROOT / ("models/quick" if quick else "models")
     base, tokenizer = load_folder(models / "smollm2", lesson)
-    terms = [json.loads(line) for line in (ROOT / "data/qa.jsonl").open(encoding="utf-8")]
+    lines = (ROOT / "data/qa.jsonl").open(encoding="utf-8-sig")
+    terms = [json.loads(line) for line in lines if line.strip()]
     learned = [encode_term(tokenizer, term) for term in terms if term["split"] == "train"][:TERMS]
     unseen = [encode_term(tokenizer, term) for term in terms if term["split"] == "test"]
     print("Rank | trained | loss: learned | unseen terms")

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gguf
 import requests
@@ -63,18 +64,16 @@ def add_tensors(writer, model, form):
 
 def write_gguf(path, model, tokenizer, form):
     """Write a temporary file, then rename it. A crash never leaves half a model."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    writer = gguf.GGUFWriter(part, "gpt2")
-    add_header(writer, model.config, tokenizer, form)
-    add_tensors(writer, model, form)
-    try:
+    with TemporaryDirectory(dir=path.parent, suffix=".part") as folder:
+        part = Path(folder, path.name)
+        writer = gguf.GGUFWriter(part, "gpt2")
+        add_header(writer, model.config, tokenizer, form)
+        add_tensors(writer, model, form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     print(f"Saved {path.relative_to(ROOT).as_posix()}")
 
 
@@ -173,6 +172,7 @@ def main(quick=False):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack some letters
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a short test, in models/quick/")
     arguments = parser.parse_args()

@@ -19,6 +19,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import requests
 from tokenizers import Regex, pre_tokenizers
@@ -57,19 +58,17 @@ def merge_adapter(base, adapter):
 
 def save_model(model, tokenizer, folder):
     """Write a folder of a temporary name, then rename it. A crash never leaves half a model."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     if ROPE_THETA_ON_TOP:  # transformers writes it inside rope_parameters, and Ollama takes 10,000
         model.config.rope_theta = model.config.rope_parameters["rope_theta"]
-    try:
-        model.half().save_pretrained(part)  # 16 bits for a weight, as Ollama stores them
-        tokenizer.save_pretrained(part)
+    with TemporaryDirectory(dir=folder.parent, suffix=".part") as part:
+        whole = Path(part, folder.name)
+        model.half().save_pretrained(whole)  # 16 bits for a weight, as Ollama stores them
+        tokenizer.save_pretrained(whole)
         shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        whole.rename(folder)
     print(f"Saved {folder.relative_to(ROOT).as_posix()}/")
 
 
@@ -138,6 +137,10 @@ def main(quick=False):
     models = ROOT / ("models/quick" if quick else "models")
     folder = models / "my_tutor"
     try:
+        chosen = choose_questions()
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        sys.exit(f"Cannot read data/qa.jsonl: {error!r}")
+    try:
         model, tokenizer = merge_adapter(models / "smollm2", models / "smollm2_lora")
     except Exception as error:  # a missing or damaged folder, or an adapter of a different model
         command = "uv run src/llm/07_finetune_lora.py" + (" --quick" if quick else "")
@@ -149,16 +152,16 @@ def main(quick=False):
     version = call_server("GET", f"{url}/api/version")["version"]
     name = "my-tutor-quick" if quick else "my-tutor"
     create_model(url, name, folder.iterdir(), template=TEMPLATE, system=SYSTEM, parameters=SETTINGS)
-    equal = 0
-    for title, questions in choose_questions().items():
+    agree = []
+    for title, questions in chosen.items():
         print(f"{title}, in Ollama {version} at {url}:")
         for question in questions:
-            equal += answers_agree(model, tokenizer, url, name, question)
+            agree.append(answers_agree(model, tokenizer, url, name, question))
     words = "I do not understand dropout. Help me."
     request = {"model": name, "stream": False, "messages": [{"role": "user", "content": words}]}
     print(f'Talk to your model:\n  ollama run {name} "{words}"')
     print(f"  curl {url}/api/chat -d '{json.dumps(request)}'")
-    print(f"Result: server = {version}, questions = 16, equal = {equal}")
+    print(f"Result: server = {version}, questions = {len(agree)}, equal = {sum(agree)}")
 
 
 if __name__ == "__main__":
