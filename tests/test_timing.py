@@ -170,7 +170,7 @@ def test_the_clock_is_read_when_the_device_is_idle(name, monkeypatch):
         (["slower", "no difference", "faster", "faster"], 8),
         (["faster", "faster", "faster", "faster"], 0),
         (["slower", "faster", "slower", "faster"], 32),
-        (["slower", "faster", "faster", "no difference"], 128),
+        (["slower", "faster", "faster", "no difference"], None),
     ],
 )
 def test_the_crossing_is_where_nothing_slower_follows(
@@ -184,7 +184,10 @@ def test_the_crossing_is_where_nothing_slower_follows(
     axes = Figure().subplots()
     rows = benchmark.measure("Inference", [1, 8, 32, 128], 1.0, axes)
     shown = capsys.readouterr().out
-    assert f"faster at every measured size above {limit}\n" in shown
+    if limit is None:
+        assert "all threads: not faster at the largest size\n" in shown
+    else:
+        assert f"all threads: faster at every measured size above {limit}\n" in shown
     assert re.search(r"^ +32 \| +64 \| +128 \|", shown, re.MULTILINE)
     assert [line.get_ydata()[2] for line in axes.lines] == [64, 128], "images are counted"
     interval, difference = rows[32]
@@ -330,7 +333,9 @@ def test_a_version_that_takes_too_long_is_not_waited_for(inference, small, monke
     calls, differences = inference.check_versions(pauses, model, images, [4])
     assert list(calls) == ["eager", "patient"]
     assert list(differences) == ["eager", "patient", "slow"]
-    assert float(rows_of(capsys.readouterr().out)["slow"].split()[-1]) > inference.PATIENCE
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["slow"].endswith(" | too slow to time")
+    assert "too slow" not in rows["patient"]
     monkeypatch.setattr(inference, "time_in_turn", lambda calls, _: dict.fromkeys(calls, [0.5] * 5))
     inference.time_versions(calls, images, 1.0)
     rows = rows_of(capsys.readouterr().out)
