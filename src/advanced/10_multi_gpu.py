@@ -52,7 +52,8 @@ def launch(processes, *arguments, restarts=0):
     return torchrun.returncode, output.rstrip(), errors
 
 
-# DATA: points in ten classes. With a DataLoader, a DistributedSampler shares them out.
+# DATA: points in ten classes. With a DataLoader, a DistributedSampler shares them out. The world
+# size is the number of processes, and the rank is the number of this one.
 def take_share(method, step, count):
     """Return the points [N, 64] and labels [N] that this process computes in a step."""
     generator = torch.Generator().manual_seed(step)  # the same points in each process
