@@ -1184,6 +1184,7 @@ def test_without_rope_theta_at_the_top_the_answers_differ(ollama, tutor, capsys)
 def test_an_adapter_that_cannot_be_merged_ends_with_a_sentence(tutor, project, tmp_path, kind):
     tutor.ROOT = tmp_path
     shutil.copytree(project / "models", tmp_path / "models" / "quick")
+    shutil.copytree(project / "data", tmp_path / "data")
     adapter = tmp_path / "models" / "quick" / "smollm2_lora"
     card = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     card["base_model_name_or_path"] = "gpt2" if kind == "other base" else "models/quick/smollm2"
