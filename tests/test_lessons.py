@@ -64,6 +64,7 @@ MASKS = {  # what may differ between two runs of a lesson
     r"(?m)^(eager|TF32|\w+ autocast|channels_last|torch\.compile|TorchScript|AOTInductor"
     r"|CUDA graphs|ONNX Runtime|TensorRT|int8 torch\S+|compile time in)[^|\n]*\|.*": "ROW",
     r"\): (faster|slower|no difference)": "): VERDICT",
+    r"not faster at the largest size|faster at every measured size above \d+": "CROSSING",
     r"Cannot load gpt2: .*\n": "",
     r"(Sample|Temperature [\d.]+|Top-p [\d.]+|Greedy|Next): .*": r"\1: TEXT",
     r"(Before|After|Question|Glossary): .*": r"\1: TEXT",

@@ -77,7 +77,7 @@ def time_without_waiting(call):
     return time.perf_counter() - start  # a GPU may not even have started
 
 
-def make_call(model, images):
+def prepare_call(model, images):
     @torch.inference_mode()
     def call():
         return model(images)
@@ -96,7 +96,7 @@ def main(quick=False):
     layers += [nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)]
     model = nn.Sequential(*layers).to(DEVICE).eval()
     images = torch.rand(BATCH_SIZE, 1, 28, 28, device=DEVICE)
-    call = make_call(model, images)
+    call = prepare_call(model, images)
     cold = time_once(call)  # the first call of this process
     times = time_in_turn({"first": call, "second": call}, seconds=0.1 if quick else 2.0)
     correct = np.median(times["first"])
@@ -112,7 +112,7 @@ def main(quick=False):
     try:
         if quick:
             raise RuntimeError("a short test leaves the compiler out")
-        call = make_call(torch.compile(model), images)
+        call = prepare_call(torch.compile(model), images)
         measured = np.mean([time_once(call) for _ in range(100)])  # the first call compiles
         compiled = np.median(time_in_turn({"compiled": call})["compiled"])
         show("compile time included", measured, compiled)

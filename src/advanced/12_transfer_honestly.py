@@ -142,7 +142,8 @@ def main(quick=False):
     subprocess.run([sys.executable, ROOT / "scripts/get_data.py", "MNIST"], check=True)
     images, labels = load_mnist(train=True)
     old, pool = split_tasks(images[:50_000], labels[:50_000])
-    _, validation = split_tasks(images[50_000:], labels[50_000:])
+    last = 50_500 if quick else 60_000
+    _, validation = split_tasks(images[50_000:last], labels[50_000:last])
     old_test, test = split_tasks(*load_mnist(train=False))
     share = 20 if quick else 1
     trials = 1 if quick else TRIALS
