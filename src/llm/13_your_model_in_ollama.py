@@ -155,7 +155,7 @@ def main(quick=False):
     agree = []
     for title, questions in chosen.items():
         print(f"{title}, in Ollama {version} at {url}:")
-        for question in questions[: 2 if quick else None]:
+        for question in questions:
             agree.append(answers_agree(model, tokenizer, url, name, question))
     words = "I do not understand dropout. Help me."
     request = {"model": name, "stream": False, "messages": [{"role": "user", "content": words}]}
