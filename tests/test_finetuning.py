@@ -132,6 +132,17 @@ def test_a_converted_model_is_not_converted_again(folders, tmp_path, monkeypatch
     assert "Result: next_token = " in output
 
 
+def test_left_padding_changes_nothing(folders):
+    lesson = load_lesson("llm/07_finetune_lora")
+    model, tokenizer = lesson.load_folder(folders / "smollm2", "src/llm/06.py")
+    questions = ["a", "def f(x): pass", "one two three four"]
+    tokenizer.padding_side = "left"
+    single = [lesson.ask_model(model, tokenizer, [question])[0] for question in questions]
+    assert lesson.ask_model(model, tokenizer, questions) == single
+    tokenizer.padding_side = "right"
+    assert lesson.ask_model(model, tokenizer, questions) != single, "it must show the difference"
+
+
 @pytest.mark.parametrize("name", ["gpt2_mini", "bloom", "mamba"])
 def test_a_model_without_chat_template_or_context_length_answers(folders, capsys, name):
     load_lesson("llm/06_pretrained_llm").main(model=str(folders / name))
