@@ -176,7 +176,9 @@ def keep(kind, name, entry, root=ROOT):
     records = read_records(root)
     entries = records[kind] | {name: {"date": str(date.today()), **describe_machine(), **entry}}
     records[kind] = dict(sorted(entries.items()))
-    (root / RECORDS).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    part = root / f"{RECORDS}.part"
+    part.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    part.replace(root / RECORDS)  # Ctrl-C never leaves half of all records
 
 
 def capture_path(name, root=ROOT):

@@ -105,10 +105,13 @@ def fill_code(words, root, records):
     lines = text.splitlines()
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
     nodes.sort(key=lambda node: node.lineno)
-    start = next(node for node in nodes if lines[node.lineno - 1].strip().startswith(first))
-    rest = [node for node in nodes if node.lineno > start.lineno]
-    ends = (node for node in rest if lines[node.lineno - 1].strip().startswith(last))
-    end = next(ends) if last else start
+    starts = [node for node in nodes if lines[node.lineno - 1].strip().startswith(first)]
+    rest = [node for node in nodes if starts and node.lineno > starts[0].lineno]
+    ends = [node for node in rest if lines[node.lineno - 1].strip().startswith(last)]
+    if not starts or (last and not ends):
+        sys.exit(f"No statements of src/{name}.py begin with: {words}")
+    start = starts[0]
+    end = ends[0] if last else start
     code = textwrap.dedent("\n".join(lines[start.lineno - 1 : end.end_lineno]))
     return ["```python", code, "```"]
 

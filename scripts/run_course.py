@@ -199,14 +199,14 @@ def run_course(lessons, quick, keep_going):
             print(f"{name_of(lesson)} is left out: it needs a server (scripts/ollama.sh start)")
             todo.remove(lesson)
     runs = run_all(todo, quick, keep_going)
-    wrong = []
-    for lesson, run in runs.items():
-        if run["code"]:
-            wrong.append(f"{name_of(lesson)} failed: {last_line(run['errors'])}")
     notes = read_notes(quick)
-    for lesson in sorted({*lessons, *todo} - {one for one in runs if runs[one]["code"]}):
-        broken = notes.get(name_of(lesson), {}).get("broken", [])
-        wrong += [f"{name_of(lesson)}: {promise}" for promise in broken]
+    wrong = []
+    for lesson in find_lessons():
+        if lesson in runs and runs[lesson]["code"]:
+            wrong.append(f"{name_of(lesson)} failed: {last_line(runs[lesson]['errors'])}")
+        elif lesson in lessons or lesson in todo:
+            broken = notes.get(name_of(lesson), {}).get("broken", [])
+            wrong += [f"{name_of(lesson)}: {promise}" for promise in broken]
     if any("promised data = " in sentence for sentence in wrong):
         wrong.append("Promises hold on the real data sets. data/README.md says how to get them.")
     return wrong

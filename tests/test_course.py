@@ -417,6 +417,26 @@ def test_an_excerpt_and_values_are_filled_in(small, words, code):
     assert render.render(filled, small) == filled
 
 
+@pytest.mark.parametrize("words", ["print('none", "NUMBER ... none", "none ... PAUSE"])
+def test_an_excerpt_that_is_not_in_the_lesson_is_named(small, words):
+    with pytest.raises(SystemExit, match="^No statements of src/basics/01_make.py begin with: "):
+        render.fill_code(f"basics/01_make {words}", small, {})
+
+
+def test_a_stopped_record_leaves_the_old_ones_whole(small, monkeypatch):
+    write_records(small, {"basics/01_make": {"seconds": 3}})
+    before = (small / course.RECORDS).read_text(encoding="utf-8")
+
+    def stop(path, text, **options):
+        path.write_bytes(text[:9].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(small), "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        course.keep("lessons", "basics/02_use", {"seconds": 4}, small)
+    assert (small / course.RECORDS).read_text(encoding="utf-8") == before
+
+
 def test_the_check_of_the_documents_ends_with_its_verdict(monkeypatch):
     for stale, code in (([], 0), (["README.md differs"], "README.md differs")):
         monkeypatch.setattr(render, "find_stale", lambda stale=stale: stale)

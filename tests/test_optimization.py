@@ -669,7 +669,8 @@ def test_another_program_imports_both_pipelines(tmp_path):
 # TRAINING
 def test_a_second_call_continues_the_training(lesson):
     torch.manual_seed(0)
-    trainer, data = lesson.MNISTTrainingPipeline(), noise(64)
+    trainer = lesson.MNISTTrainingPipeline()
+    data = [part.to(lesson.DEVICE) for part in noise(64)]
     trainer.train(5, data)
     weights, steps = trainer.model.fc2.weight, trainer.optimizer.state
     before = weights.detach().clone()

@@ -56,7 +56,7 @@ def noisy(random, seconds, rounds=21):
 )
 def test_a_tenth_is_found_and_rarely_a_difference_that_is_not_there(timing, factor, expected):
     random = np.random.default_rng(1)
-    trials = 100
+    trials = 400
     verdicts = [timing.compare(noisy(random, 1.0), noisy(random, factor))[3] for _ in range(trials)]
     assert verdicts.count(expected) >= 0.95 * trials
 

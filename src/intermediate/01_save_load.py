@@ -96,8 +96,8 @@ def main(quick=False, file=None):
     # RESUME, as after a crash: a new network, a new optimizer, and the file.
     resumed = SimpleNet().to(DEVICE)
     optimizer = torch.optim.Adam(resumed.parameters(), lr=0.01)
-    file = models / "simplenet_training.pth"
-    checkpoint = torch.load(file, map_location=DEVICE, weights_only=True)
+    path = models / "simplenet_training.pth"
+    checkpoint = torch.load(path, map_location=DEVICE, weights_only=True)
     resumed.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])  # Adam keeps two averages per weight
     resumed_losses = train(resumed, optimizer, STEPS - checkpoint["step"])
