@@ -22,55 +22,57 @@ PICTURES = "data/results/pictures"  # the recorded plots, which the README shows
 RECORDS = "data/results/records.json"
 
 
-# CARDS
+# LESSONS
+class Lesson:
+    """A lesson's file, and its card: the lines Run, Needs, Makes and Expect of its docstring."""
+
+    def __init__(self, path):
+        self.path = path
+        self.name = f"{path.parent.name}/{path.stem}"
+        self.text = path.read_text(encoding="utf-8")
+        words = ast.get_docstring(ast.parse(self.text))
+        self.title = words.splitlines()[0]
+        self.card = dict(re.findall(r"^(Run|Needs|Makes|Expect): +(.+)$", words, re.MULTILINE))
+        self.needs = re.findall(r"models/[\w./-]+", self.card["Needs"])  # files
+        self.makes = re.findall(r"models/[\w./-]+", self.card["Makes"])
+
+    def constants(self):
+        """Return the constants that the lesson sets to plain values."""
+        constants = {}
+        for node in ast.parse(self.text).body:
+            with contextlib.suppress(ValueError, AttributeError):  # no plain value, or no name
+                constants[node.targets[0].id] = ast.literal_eval(node.value)
+        return constants
+
+    def has_seed(self):
+        """True if it depends on one seed. A lesson with TRIALS uses several seeds itself."""
+        return "SEED" in self.constants() and "TRIALS" not in self.constants()
+
+    def hash_code(self):
+        """Return eight digits that change with the code, not with comments or docstrings."""
+        tree = ast.parse(self.text)
+        for node in ast.walk(tree):
+            kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+            if isinstance(node, kinds) and ast.get_docstring(node):
+                node.body = node.body[1:]
+        return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+
+    def hash_work(self):
+        """Return eight digits that change with the work, not with the words that are printed."""
+        tree = ast.parse(self.text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value = ""
+        return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+
+
 def find_lessons(root=ROOT):
-    """Return every lesson's path, in the order of the course."""
-    lessons = []
+    """Return {name: lesson} in the order of the course."""
+    lessons = {}
     for level in LEVELS:
-        lessons += sorted((root / "src" / level).glob("[0-9][0-9]_*.py"))
+        for path in sorted((root / "src" / level).glob("[0-9][0-9]_*.py")):
+            lessons[f"{level}/{path.stem}"] = Lesson(path)
     return lessons
-
-
-def name_of(lesson):
-    return f"{lesson.parent.name}/{lesson.stem}"
-
-
-def read_card(lesson):
-    """Return a lesson's card: Title, Run, Needs, Makes and Expect."""
-    text = ast.get_docstring(ast.parse(lesson.read_text(encoding="utf-8")))
-    card = dict(re.findall(r"^(Run|Needs|Makes|Expect): +(.+)$", text, re.MULTILINE))
-    return {"Title": text.splitlines()[0], **card}
-
-
-def files_in(field):
-    """Return the files that a card's Needs or Makes names."""
-    return re.findall(r"models/[\w./-]+", field)
-
-
-def makers_and_users(root=ROOT):
-    """Return {file: (the lesson that makes it, [the lessons that need it])}."""
-    cards = {lesson: read_card(lesson) for lesson in find_lessons(root)}
-    found = {}
-    for maker, card in cards.items():
-        for file in files_in(card["Makes"]):
-            users = [user for user in cards if file in files_in(cards[user]["Needs"])]
-            found[file] = (maker, users)
-    return found
-
-
-def read_constants(lesson):
-    """Return the constants that a lesson sets to plain values."""
-    constants = {}
-    for node in ast.parse(lesson.read_text(encoding="utf-8")).body:
-        with contextlib.suppress(ValueError, AttributeError):  # no plain value, or no name
-            constants[node.targets[0].id] = ast.literal_eval(node.value)
-    return constants
-
-
-def has_seed(lesson):
-    """True if a lesson depends on one seed. A lesson with TRIALS uses several seeds itself."""
-    constants = read_constants(lesson)
-    return "SEED" in constants and "TRIALS" not in constants
 
 
 # RESULTS
@@ -113,62 +115,35 @@ def broken_promises(expect, output):
     return broken
 
 
-# HASHES
-def hash_tree(tree):
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
-
-
-def hash_code(lesson):
-    """Return eight digits that change with a lesson's code, not with comments or docstrings."""
-    tree = ast.parse(lesson.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-        if isinstance(node, kinds) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return hash_tree(tree)
-
-
-def hash_work(lesson):
-    """Return eight digits that change with a lesson's work, not with the words that it prints."""
-    tree = ast.parse(lesson.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            node.value = ""
-    return hash_tree(tree)
-
-
 # RECORDS: {"lessons", "seeds", "predictions" or "settings": {lesson: what its last run gave}}.
 @functools.cache
-def describe_gpu():
-    import torch
-
-    if torch.backends.mps.is_available():
-        return "Apple GPU"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-
-
-@functools.cache
 def describe_machine():
-    """Return what a record says of this machine: one line, the driver, and the versions."""
+    """Return what a record says of this machine: one line, the versions, and a GPU's driver."""
     import torch
 
     cpu = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
         cpu = re.search(r"model name\s*: (.+)", information.read_text() + f"model name: {cpu}")[1]
-    machine = {
-        "machine": f"{cpu}, {os.cpu_count()} cores, {describe_gpu()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    gpu = "Apple GPU" if torch.backends.mps.is_available() else "no GPU"
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
     if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        machine["driver"] = subprocess.check_output(query, text=True).splitlines()[0]
-    return machine
+        versions["driver"] = subprocess.check_output(query, text=True).splitlines()[0]
+    return {"machine": f"{cpu}, {os.cpu_count()} cores, {gpu}", **versions}
 
 
 def read_records(root=ROOT):
     return json.loads((root / RECORDS).read_text(encoding="utf-8"))
+
+
+def write_json(content, path):
+    """Write a temporary file, then rename it. Ctrl-C never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def keep(kind, name, entry, root=ROOT):
@@ -176,14 +151,8 @@ def keep(kind, name, entry, root=ROOT):
     records = read_records(root)
     entries = records[kind] | {name: {"date": str(date.today()), **describe_machine(), **entry}}
     records[kind] = dict(sorted(entries.items()))
-    part = root / f"{RECORDS}.part"
-    part.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    part.replace(root / RECORDS)  # Ctrl-C never leaves half of all records
+    write_json(records, root / RECORDS)
 
 
 def capture_path(name, root=ROOT):
     return root / "tests" / "outputs" / f"{name}.txt"
-
-
-def read_capture(name, root=ROOT):
-    return capture_path(name, root).read_text(encoding="utf-8")

@@ -15,22 +15,7 @@ import tempfile
 from pathlib import Path
 
 from claims import PREDICTIONS
-from course import (
-    PICTURES,
-    ROOT,
-    broken_promises,
-    capture_path,
-    files_in,
-    has_seed,
-    hash_code,
-    hash_work,
-    keep,
-    last_line,
-    name_of,
-    read_card,
-    read_constants,
-    read_words,
-)
+from course import PICTURES, ROOT, broken_promises, capture_path, keep, last_line, read_words
 from run_course import choose, make_copy, run_lesson
 
 
@@ -38,16 +23,16 @@ def run_or_exit(lesson, expect, script=None):
     """Run a lesson, or its changed copy; stop if it fails or does not fulfill `expect`."""
     run = run_lesson(lesson, script=script)
     if run["code"]:
-        sys.exit(f"{name_of(lesson)} failed with exit code {run['code']}:\n{run['errors']}")
+        sys.exit(f"{lesson.name} failed with exit code {run['code']}:\n{run['errors']}")
     if broken := broken_promises(expect, run["output"]):
-        sys.exit(f"{name_of(lesson)} is not recorded: {'; '.join(broken)}")
+        sys.exit(f"{lesson.name} is not recorded: {'; '.join(broken)}")
     return run
 
 
 def keep_pictures(lesson, root):
     """Copy a lesson's plots to data/results/pictures/; return {file name: eight digits}."""
     pictures = {}
-    for file in files_in(read_card(lesson)["Makes"]):
+    for file in lesson.makes:
         if file.endswith(".png"):
             target = root / PICTURES / Path(file).name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,47 +43,47 @@ def keep_pictures(lesson, root):
 
 def record_lesson(lesson, root=ROOT):
     """Run a lesson in full, and keep what it printed if that fulfills its card."""
-    run = run_or_exit(lesson, read_card(lesson)["Expect"])
+    run = run_or_exit(lesson, lesson.card["Expect"])
     entry = {
-        "code": hash_code(lesson),
+        "code": lesson.hash_code(),
         "seconds": round(run["seconds"]),
         "data": read_words(run["output"]).get("data"),
         "result": last_line(run["output"]),
         "pictures": keep_pictures(lesson, root),
     }
-    path = capture_path(name_of(lesson), root)
+    path = capture_path(lesson.name, root)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run["output"], encoding="utf-8")
-    keep("lessons", name_of(lesson), entry, root)
-    print(f"{name_of(lesson)}: {entry['seconds']} s, {entry['result']}", flush=True)
+    keep("lessons", lesson.name, entry, root)
+    print(f"{lesson.name}: {entry['seconds']} s, {entry['result']}", flush=True)
 
 
 def run_changed(lesson, edit, expect):
     """Run a copy of a lesson with a changed constant, away from models/; return its result."""
     with tempfile.TemporaryDirectory() as folder:
         run = run_or_exit(lesson, expect, make_copy(lesson, [edit], Path(folder)))
-    print(f"{name_of(lesson)} with {edit}: {last_line(run['output'])}", flush=True)
+    print(f"{lesson.name} with {edit}: {last_line(run['output'])}", flush=True)
     return last_line(run["output"])
 
 
 def record_seeds(lesson):
     """Run a lesson with five seeds. A lesson that repeats takes the next ones, too."""
-    step = read_constants(lesson).get("REPEATS", 1)
-    expect = read_card(lesson)["Expect"]
+    step = lesson.constants().get("REPEATS", 1)
+    expect = lesson.card["Expect"]
     results = [run_changed(lesson, f"SEED={step * number}", expect) for number in range(5)]
-    keep("seeds", name_of(lesson), {"work": hash_work(lesson), "results": results})
+    keep("seeds", lesson.name, {"work": lesson.hash_work(), "results": results})
 
 
 def main(what, parts):
-    for lesson in choose(parts):
+    for lesson in choose(parts).values():
         if what == "lessons":
             record_lesson(lesson)
-        if what == "seeds" and has_seed(lesson):
+        if what == "seeds" and lesson.has_seed():
             record_seeds(lesson)
         for name, edit, expect in PREDICTIONS:
-            if what == "predictions" and name == name_of(lesson):
+            if what == "predictions" and name == lesson.name:
                 result = run_changed(lesson, edit, expect)
-                keep(what, name, {"work": hash_work(lesson), "edit": edit, "result": result})
+                keep(what, name, {"work": lesson.hash_work(), "edit": edit, "result": result})
 
 
 if __name__ == "__main__":

@@ -17,14 +17,11 @@ import textwrap
 from claims import CLAIMS, PREDICTIONS
 from course import (
     ROOT,
+    Lesson,
     broken_promises,
-    files_in,
+    capture_path,
     find_lessons,
-    makers_and_users,
-    name_of,
     parse_number,
-    read_capture,
-    read_card,
     read_records,
     read_words,
 )
@@ -43,11 +40,12 @@ def minutes(seconds):
 def lessons_table(level, root, records):
     rows = ["| lesson | what you do | runs |", "|---|---|---|"]
     total = 0
-    for lesson in find_lessons(root):
-        if lesson.parent.name == level:
-            title, sentence = read_card(lesson)["Title"].split(": ", 1)
-            seconds = records["lessons"][name_of(lesson)]["seconds"]
-            link = f"[`{level}/{lesson.stem[:2]}`](#{level}-{lesson.stem[:2]}) {title}"
+    for name, lesson in find_lessons(root).items():
+        if name.startswith(f"{level}/"):
+            title, sentence = lesson.title.split(": ", 1)
+            seconds = records["lessons"][name]["seconds"]
+            short = name.partition("_")[0]
+            link = f"[`{short}`](#{short.replace('/', '-')}) {title}"
             rows.append(f"| {link} | {sentence.rstrip('.')} | {minutes(seconds)} |")
             total += seconds
     return [*rows, f"| all of them | | {minutes(total)} |"]
@@ -55,9 +53,11 @@ def lessons_table(level, root, records):
 
 def files_table(words, root, records):
     rows = ["| file | made by | needed by |", "|---|---|---|"]
-    for file, (maker, users) in makers_and_users(root).items():
-        needed = ", ".join(f"`{name_of(user)}`" for user in users) or "–"
-        rows.append(f"| `{file}` | `{read_card(maker)['Run']}` | {needed} |")
+    lessons = find_lessons(root).values()
+    for maker in lessons:
+        for file in maker.makes:
+            users = ", ".join(f"`{user.name}`" for user in lessons if file in user.needs) or "–"
+            rows.append(f"| `{file}` | `{maker.card['Run']}` | {users} |")
     return rows
 
 
@@ -127,12 +127,12 @@ def fill_run(words, root, records):
     `basics/02_tensors` shows the last line, `basics/02_tensors 3 5-7` the lines 3 and 5 to 7.
     """
     name, *ranges = words.split()
-    card = read_card(root / "src" / f"{name}.py")
+    lesson = Lesson(root / "src" / f"{name}.py")
     entry = records["lessons"][name]
-    printed = read_capture(name, root).rstrip().splitlines()
+    printed = capture_path(name, root).read_text("utf-8").rstrip().splitlines()
     place = "" if entry["machine"].endswith("no GPU") else f" on {entry['machine']}"
-    parts = [f"`{card['Run']}`", minutes(entry["seconds"]) + place]
-    files = [f"`{file}`" for file in files_in(card["Makes"]) if not file.endswith(".png")]
+    parts = [f"`{lesson.card['Run']}`", minutes(entry["seconds"]) + place]
+    files = [f"`{file}`" for file in lesson.makes if not file.endswith(".png")]
     if files:
         parts.append("makes " + ", ".join(files))
     shown = [] if ranges else printed[-1:]

@@ -22,15 +22,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from course import (
     ROOT,
     broken_promises,
-    files_in,
+    capture_path,
     find_lessons,
-    hash_code,
     last_line,
-    makers_and_users,
-    name_of,
-    read_capture,
-    read_card,
     read_words,
+    write_json,
 )
 from tqdm import tqdm
 
@@ -39,7 +35,7 @@ RUNNING = set()  # the processes of lessons, so that Ctrl-C can stop them
 
 def run_lesson(lesson, quick=False, script=None, threads=None):
     """Run a lesson, or its changed copy `script`; return its code, output, errors and seconds."""
-    command = [sys.executable, script or lesson]
+    command = [sys.executable, script or lesson.path]
     if quick:
         command.append("--quick")
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
@@ -72,16 +68,11 @@ def write_note(lesson, quick, output):
     """Keep what came of a run. A short test is not held to its card."""
     note = {
         "time": time.time(),
-        "code": hash_code(lesson),
+        "code": lesson.hash_code(),
         "data": read_words(output).get("data"),
-        "broken": [] if quick else broken_promises(read_card(lesson)["Expect"], output),
+        "broken": [] if quick else broken_promises(lesson.card["Expect"], output),
     }
-    path = place("models/runs.json", quick)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    notes = read_notes(quick) | {name_of(lesson): note}
-    part.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(read_notes(quick) | {lesson.name: note}, place("models/runs.json", quick))
 
 
 def changed_at(path):
@@ -95,63 +86,62 @@ def is_made(path):
     return any(path.glob("*config.json")) if path.is_dir() else path.exists()
 
 
-def missing_in(field, quick):
-    """Return the files of a card's Needs or Makes that are not there."""
-    paths = [place(file, quick) for file in files_in(field)]
+def find_missing(files, quick):
+    """Return those of a card's files that are not there."""
+    paths = [place(file, quick) for file in files]
     return [path.relative_to(ROOT).as_posix() for path in paths if not is_made(path)]
 
 
 def state_of(lesson, quick=False):
     """Return done, missing or stale, and why."""
-    card = read_card(lesson)
-    if missing := missing_in(card["Makes"], quick):
+    if missing := find_missing(lesson.makes, quick):
         return "missing", ", ".join(missing)
-    note = read_notes(quick).get(name_of(lesson))
-    made = min((changed_at(place(file, quick)) for file in files_in(card["Makes"])), default=0)
+    note = read_notes(quick).get(lesson.name)
+    made = min((changed_at(place(file, quick)) for file in lesson.makes), default=0)
     if note and note["time"] + 1 > made:
         made = note["time"]
-        if note["code"] != hash_code(lesson):
+        if note["code"] != lesson.hash_code():
             return "stale", "its code has changed"
-        wanted = re.search(r"\bdata = (\w+)", card["Expect"] + ", data = none")[1]
+        wanted = re.search(r"\bdata = (\w+)", lesson.card["Expect"] + ", data = none")[1]
         source = ROOT / "data" / wanted / "SOURCE"
         if note["data"] != wanted and source.exists() and source.read_text() == wanted:
             return "stale", f"it ran on other data: {wanted} is here now"
     elif made == 0:
         return "missing", "not run yet"
-    elif changed_at(lesson) > made:  # run by hand, before the lesson was changed
+    elif changed_at(lesson.path) > made:  # run by hand, before the lesson was changed
         return "stale", "its code is newer"
-    if missing := missing_in(card["Needs"], quick):
+    if missing := find_missing(lesson.needs, quick):
         return "stale", f"{', '.join(missing)} is missing"
-    newer = [file for file in files_in(card["Needs"]) if changed_at(place(file, quick)) > made]
+    newer = [file for file in lesson.needs if changed_at(place(file, quick)) > made]
     return ("stale", f"{newer[0]} is newer") if newer else ("done", "")
 
 
 # RUN
 def find_todo(lessons, quick):
     """Return the lessons that are not done, with those that make what they need, in order."""
-    makers = {file: maker for file, (maker, _) in makers_and_users().items()}
+    course = find_lessons()
+    makers = {file: name for name, lesson in course.items() for file in lesson.makes}
     wanted = set(lessons)
-    todo = []
-    for lesson in reversed(find_lessons()):  # what a lesson needs is made by an earlier one
-        if lesson in wanted and state_of(lesson, quick)[0] != "done":
-            todo.insert(0, lesson)
-            wanted.update(makers[file] for file in files_in(read_card(lesson)["Needs"]))
-    return todo
+    todo = {}
+    for name, lesson in reversed(course.items()):  # a file is made before it is needed
+        if name in wanted and state_of(lesson, quick)[0] != "done":
+            todo[name] = lesson
+            wanted.update(makers[file] for file in lesson.needs)
+    return dict(reversed(todo.items()))
 
 
 def run_all(todo, quick, keep_going):
-    """Run the lessons, each after those it needs; return {lesson: run}.
+    """Run the lessons, each after those it needs; return {name: run}.
 
     A full run measures, so one lesson runs at a time, in order. Short tests overlap.
     """
     jobs = min(4, os.cpu_count() + 1) if quick else 1
     threads = max(1, os.cpu_count() // jobs) if quick else None
-    makers = {file: maker for file, (maker, _) in makers_and_users().items()}
+    makers = {file: lesson.name for lesson in todo.values() for file in lesson.makes}
     runs, futures, stop = {}, {}, threading.Event()
 
     def run_after_makers(lesson):
-        needs = {makers[file] for file in files_in(read_card(lesson)["Needs"])}
-        wait([futures[maker] for maker in needs if maker in futures])
+        wait([futures[makers[file]] for file in lesson.needs if file in makers])
         run = None if stop.is_set() else run_lesson(lesson, quick, threads=threads)
         if run and run["code"] and not keep_going:
             stop.set()
@@ -159,14 +149,14 @@ def run_all(todo, quick, keep_going):
 
     bar = tqdm(total=len(todo), bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}", disable=None)
     with ThreadPoolExecutor(jobs) as pool, bar:
-        for lesson in todo:
-            futures[lesson] = pool.submit(run_after_makers, lesson)
+        for name, lesson in todo.items():
+            futures[name] = pool.submit(run_after_makers, lesson)
         try:
             for future in as_completed(futures.values()):
                 lesson, run = future.result()
                 if run:
-                    runs[lesson] = run
-                    bar.write(describe_run(lesson, run))
+                    runs[lesson.name] = run
+                    bar.write(describe_run(lesson.name, run))
                     bar.update()
                 if run and not run["code"]:
                     write_note(lesson, quick, run["output"])
@@ -179,13 +169,13 @@ def run_all(todo, quick, keep_going):
     return runs
 
 
-def describe_run(lesson, run):
+def describe_run(name, run):
     """Return one line on a lesson that ran, or all that it printed if it failed."""
     if run["code"]:
         printed = (run["output"] + run["errors"]).rstrip()
-        return f"{name_of(lesson)} failed with exit code {run['code']}. It said:\n{printed}"
+        return f"{name} failed with exit code {run['code']}. It said:\n{printed}"
     result = last_line(run["output"]).removeprefix("Result: ")
-    return f"{name_of(lesson):36} {run['seconds']:4.0f} s   {result}"
+    return f"{name:36} {run['seconds']:4.0f} s   {result}"
 
 
 def run_course(lessons, quick, keep_going):
@@ -194,19 +184,19 @@ def run_course(lessons, quick, keep_going):
     print(f"{len(set(lessons) - set(todo))} done before, {len(todo)} to run")
     with socket.socket() as door:
         served = "OLLAMA_HOST" in os.environ or door.connect_ex(("127.0.0.1", 11434)) == 0
-    for lesson in list(todo):
-        if "running Ollama" in read_card(lesson)["Needs"] and not served:
-            print(f"{name_of(lesson)} is left out: it needs a server (scripts/ollama.sh start)")
-            todo.remove(lesson)
+    for name, lesson in list(todo.items()):
+        if "running Ollama" in lesson.card["Needs"] and not served:
+            print(f"{name} is left out: it needs a server (scripts/ollama.sh start)")
+            del todo[name]
     runs = run_all(todo, quick, keep_going)
     notes = read_notes(quick)
     wrong = []
-    for lesson in find_lessons():
-        if lesson in runs and runs[lesson]["code"]:
-            wrong.append(f"{name_of(lesson)} failed: {last_line(runs[lesson]['errors'])}")
-        elif lesson in lessons or lesson in todo:
-            broken = notes.get(name_of(lesson), {}).get("broken", [])
-            wrong += [f"{name_of(lesson)}: {promise}" for promise in broken]
+    for name in find_lessons():
+        if name in runs and runs[name]["code"]:
+            wrong.append(f"{name} failed: {last_line(runs[name]['errors'])}")
+        elif name in lessons or name in todo:
+            broken = notes.get(name, {}).get("broken", [])
+            wrong += [f"{name}: {promise}" for promise in broken]
     if any("promised data = " in sentence for sentence in wrong):
         wrong.append("Promises hold on the real data sets. data/README.md says how to get them.")
     return wrong
@@ -216,16 +206,16 @@ def run_course(lessons, quick, keep_going):
 def make_copy(lesson, edits, folder, quick=False):
     """Copy a lesson into a folder, with links to what it reads, and set its constants."""
     (ROOT / "data").mkdir(exist_ok=True)
-    needs = [place(file, quick) for file in files_in(read_card(lesson)["Needs"])]
+    needs = [place(file, quick) for file in lesson.needs]
     for path in [ROOT / "data", ROOT / "scripts" / "get_data.py", *needs]:
         link = folder / path.relative_to(ROOT)
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(path)
-    text = lesson.read_text(encoding="utf-8")
+    text = lesson.text
     for edit in edits:
         text = set_constant(text, edit)
-    copy = folder / lesson.relative_to(ROOT)
+    copy = folder / lesson.path.relative_to(ROOT)
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text(text, encoding="utf-8")
     return copy
@@ -250,23 +240,23 @@ def set_constant(text, edit):
 
 
 def try_lesson(lesson, edits, quick):
-    for file in missing_in(read_card(lesson)["Needs"], quick):
-        maker = makers_and_users()[file.replace("models/quick/", "models/")][0]
+    if missing := find_missing(lesson.needs, quick):
         flag = " --quick" if quick else ""
-        sys.exit(f"{file} is missing. Make it with: {read_card(maker)['Run']}{flag}")
-    copy = make_copy(lesson, edits, ROOT / "models" / "scratch" / lesson.stem, quick)
+        command = f"uv run scripts/run_course.py run {lesson.name}{flag}"
+        sys.exit(f"{', '.join(missing)} is missing. Make it with: {command}")
+    copy = make_copy(lesson, edits, ROOT / "models" / "scratch" / lesson.path.stem, quick)
     print(f"Running {copy.relative_to(ROOT)}")
     run = run_lesson(lesson, quick, copy)
     print(run["output"] + run["errors"])
     if run["code"]:
         sys.exit(f"Your copy ended with exit code {run['code']}.")
-    print(f"Without the change, it was: {last_line(read_capture(name_of(lesson)))}")
+    print(f"Without the change, it was: {last_line(capture_path(lesson.name).read_text('utf-8'))}")
 
 
 # COMMAND LINE
 def choose(parts):
-    """Return the lessons whose path contains one of the parts; all of them if there is none."""
-    lessons = {name_of(lesson): lesson for lesson in find_lessons()}
+    """Return {name: lesson} for each path that contains one of the parts; all if there is none."""
+    lessons = find_lessons()
     chosen = set()
     for part in parts or [""]:
         part = re.sub(r"^(.*/)?src/", "", part).removesuffix(".py")
@@ -275,7 +265,7 @@ def choose(parts):
             every = "All of them: uv run scripts/run_course.py list"
             sys.exit(f"No lesson is called {part}. {every}")
         chosen |= found
-    return [lesson for name, lesson in lessons.items() if name in chosen]
+    return {name: lesson for name, lesson in lessons.items() if name in chosen}
 
 
 def main():
@@ -290,13 +280,14 @@ def main():
     command = parser.parse_intermixed_args()  # flags may stand between the lessons
     lessons = choose(command.lessons)
     if command.task == "list":
-        for lesson in lessons:
+        for lesson in lessons.values():
             state, why = state_of(lesson, command.quick)
-            print(f"{state:8} {read_card(lesson)['Run']:52} {why}".rstrip())
+            print(f"{state:8} {lesson.card['Run']:52} {why}".rstrip())
     elif command.task == "try":
         if not command.set or len(lessons) > 1:
             parser.error("try wants one lesson and a change, such as 06_training --set EPOCHS=100")
-        try_lesson(lessons[0], command.set, command.quick)
+        [lesson] = lessons.values()
+        try_lesson(lesson, command.set, command.quick)
     else:
         if wrong := run_course(lessons, command.quick, command.keep_going):
             sys.exit("\n".join(wrong))

