@@ -307,7 +307,6 @@ def test_a_failed_start_does_not_count_as_the_planned_crash(tmp_path, monkeypatc
     lesson, worker = load_lesson(PAST), tmp_path / "worker.py"
     worker.write_text(text)
     monkeypatch.setattr(lesson, "__file__", str(worker))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the lesson sets it, too: put it back afterwards
     with pytest.raises(SystemExit, match="did not fail as planned"):
         lesson.main(quick=True)
     assert "Result" not in capsys.readouterr().out
@@ -361,7 +360,6 @@ def test_no_process_is_left_when_one_fails_and_the_rest_sleep(tmp_path, monkeypa
     mark = f"{os.getpid()}-{len(deed)}"
     monkeypatch.setattr(lesson, "__file__", str(worker))
     monkeypatch.setenv("COURSE_TEST", mark)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the lesson sets it, too: put it back afterwards
     code, _, errors = lesson.launch(2)
     assert code == 1
     assert "Root Cause" in errors

@@ -106,7 +106,7 @@ def main(quick=False):
     train(whole, images, labels, epochs)
     gain = (time.perf_counter() - start) / seconds
 
-    # The old layer also knows the digits 0 to 4, so we compare the two.
+    # The old layer knows these digits, too. Of its ten logits, only the first five count.
     accuracy = (new_layer(test_features).argmax(dim=1) == test_labels).float().mean()
     old_answers = old_layer(test_features)[:, :CLASSES].argmax(dim=1)
     old_accuracy = (old_answers == test_labels).float().mean()

@@ -156,6 +156,7 @@ def measure(version, model, images, labels, models, quick):
             torch.save(network.state_dict(), file)
         size = file.stat().st_size
         expected = predict(eager, images)
+        # The length of the error, as a part of the length of the logits.
         difference = ((logits - expected).norm() / expected.norm()).item()
         allowed = ALLOWED.get(version, 0.0001)
         is_right = difference <= allowed  # False if the difference is not a number

@@ -50,7 +50,7 @@ def make_call(kind, size, device, threads):
 
     @torch.inference_mode()
     def call():
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # the Timer has set its own number
         return work()
 
     return call

@@ -28,8 +28,8 @@ def make_images(count):
     return images, torch.randint(10, (count,), device=DEVICE)
 
 
-# MODEL: few weights, many activations. GroupNorm brings the numbers of an image to one size. With
-# BatchNorm, they would depend on the other images in the same part of the batch.
+# MODEL: few weights, many activations. GroupNorm gives the numbers of each image a mean of 0 and a
+# variance of 1. With BatchNorm, they would depend on the other images in their part of the batch.
 def build_deep_network():
     model = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1))  # [N, 16, 14, 14]
     for _ in range(4):  # blocks of two convolutions

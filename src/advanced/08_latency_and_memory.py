@@ -54,7 +54,7 @@ def load_in_onnx_runtime(model, images):
 
 def make_engines(model, images, quick):
     """Return {engine: call}, warm for every batch size; print why others do not run."""
-    makers = {"eager": nn.Module.eval, "TorchScript": torch.jit.script}
+    makers = {"eager": nn.Module.eval, "TorchScript": torch.jit.script}  # eager: the model itself
     if not quick:  # these two take long to make
         makers["torch.compile"] = partial(torch.compile, dynamic=False)
         makers["ONNX Runtime"] = partial(load_in_onnx_runtime, images=images)

@@ -90,7 +90,7 @@ def show_profile(settings):
     """Print where the CPU spends its time; return the profile, its waits, and the weights."""
     model = build_network()
     train(model, **settings)  # the first run is slower
-    with profile(activities=supported_activities(), acc_events=True) as recorded:
+    with profile(activities=supported_activities(), acc_events=True) as recorded:  # or it warns
         weights = train(model, **settings)
     events = {event.key: event for event in recorded.key_averages() if event.cpu_time_total > 0}
     operations = [event for name, event in events.items() if name.startswith("aten::")]

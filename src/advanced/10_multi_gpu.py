@@ -40,7 +40,6 @@ def launch(processes, *arguments, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--local-addr=127.0.0.1"]  # or torchrun needs a host name with an address
     command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", __file__, *arguments]
-    os.environ["OMP_NUM_THREADS"] = "1"  # or each process uses all cores
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or restarts fail: pytorch#135712
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill has the effect of Ctrl-C
     torchrun = Popen(command, stdout=PIPE, stderr=PIPE, encoding="utf-8", start_new_session=True)

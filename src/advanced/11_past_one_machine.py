@@ -34,7 +34,6 @@ def launch(processes, *arguments, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--local-addr=127.0.0.1"]  # or torchrun needs a host name with an address
     command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", __file__, *arguments]
-    os.environ["OMP_NUM_THREADS"] = "1"  # or each process uses all cores
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or restarts fail: pytorch#135712
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill has the effect of Ctrl-C
     torchrun = Popen(command, stdout=PIPE, stderr=PIPE, encoding="utf-8", start_new_session=True)
@@ -76,7 +75,7 @@ def resume(model, optimizer, path):
         return 0
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])  # the momentum, too
+    optimizer.load_state_dict(state["optimizer"])  # its momentum: the average of past gradients
     return state["step"]
 
 

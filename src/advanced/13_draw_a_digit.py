@@ -87,15 +87,15 @@ def fit(gray):
     reach = max(small.shape) // 3
     lightest = F.max_pool2d(small, 2 * reach + 1, stride=1, padding=reach)  # around each pixel
     darkest = -F.max_pool2d(-small, 2 * reach + 1, stride=1, padding=reach)
-    darkness = lightest + darkest - 2 * small
-    if darkness.sum() > darkness[..., 1:-1, 1:-1].sum():  # at the border: the paper is dark
+    darkness = lightest + darkest - 2 * small  # above 0: more like the darkest than the lightest
+    if darkness.sum() > darkness[..., 1:-1, 1:-1].sum():  # the border is dark: so is the paper
         page = 1 - page
         small = 1 - small
     paper = find_paper(small).clamp(min=0.1)  # with its shadows
     around = F.avg_pool2d(1 - small / paper, 3, stride=1, padding=1)
     digit = around > 0.2 * around.max()  # a speck has little ink around it
-    columns = digit.any(dim=2).nonzero()[:, -1]
-    if (columns.diff() > 1 + 0.1 * digit.any(dim=3).sum()).any():
+    inked = digit.any(dim=2).nonzero()[:, -1]  # the columns with ink
+    if (inked.diff() > 1 + 0.1 * digit.any(dim=3).sum()).any():  # a gap: 10% of the height
         raise ValueError("it seems to show several digits, and the network reads one")
     paper = F.interpolate(paper, page.shape[2:], mode="bilinear")
     ink = (1 - page / paper).clamp(min=0) * F.interpolate(digit.float(), page.shape[2:])

@@ -85,7 +85,7 @@ def main():
     if DEVICE.type == "cpu":
         if problem := find_problem(*find_driver(), has_card()):
             sys.exit(problem)
-        print("This computer has no GPU. Every lesson also runs on the CPU, only slower.")
+        print("PyTorch finds no GPU to use. Every lesson also runs on the CPU, only slower.")
     print(f"Result: device = {DEVICE}, product = {product}")
 
 

@@ -5,9 +5,9 @@ Needs:  nothing
 Makes:  nothing
 Expect: test_accuracy >= 97.5%, parameters = 109,386, data = MNIST
 
-MNIST has 60,000 images to learn from and 10,000 others for the test. That is too many for one
-step. A DataLoader shuffles the images and returns 64 at a time: this is a batch. The network makes
-one training step per batch. One pass over all batches is an epoch.
+MNIST has 60,000 images to learn from and 10,000 others for the test. A step with all of them would
+change the weights only once. So a DataLoader shuffles the images and returns 64 at a time: this is
+a batch. The network makes one training step per batch. One pass over all batches is an epoch.
 """
 
 import argparse

@@ -108,7 +108,7 @@ def main(quick=False):
             train, test = results[task, name].mean(dim=0)
             print(f"  {name:10} train {train:6.1%} | test {test:6.1%} | gap {train - test:6.1%}")
         changes = results[task, "dropout"][:, 1] - results[task, "no dropout"][:, 1]  # [repeats]
-        margin = 2 * changes.std() / len(changes) ** 0.5  # twice the standard error
+        margin = 2 * changes.std() / len(changes) ** 0.5  # chance alone can move the mean so far
         print(f"  dropout changes the test accuracy by {changes.mean():+.1%} ± {margin:.1%}")
 
     plots = ROOT / ("models/quick/plots" if quick else "models/plots")

@@ -6,7 +6,7 @@ Makes:  models/plots/intermediate-04_lr_scheduler.png
 Expect: fixed_loss >= 0.015, scheduled_loss <= 0.020, worst_gain >= 1.2
 
 The learning rate sets the size of each training step. Large steps are fast at first, but at the end
-they jump over the best weights. A schedule changes the rate: all of them end with small steps.
+they jump over the best weights. The four schedules here change the rate, and end with small steps.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def make_schedule(name, optimizer, epochs):
             return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
         case "CosineAnnealingLR":  # along a cosine, almost to zero
             return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-        case "OneCycleLR":  # up to the maximum, then down
+        case "OneCycleLR":  # up to the maximum, then down; + 1: or the last epoch has a rate of 0
             return lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs + 1)
         case "fixed":  # the same rate in each epoch
             return lr_scheduler.ConstantLR(optimizer, factor=1)

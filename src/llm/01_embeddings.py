@@ -82,8 +82,8 @@ def train_on_text(ids, vocab_size):
     pairs = pairs[torch.randperm(len(pairs), device=DEVICE)]
     embedding = nn.Embedding(vocab_size, WIDTH)  # one row of numbers for each word
     nn.init.normal_(embedding.weight, std=0.1)
-    head = nn.Linear(WIDTH, vocab_size)  # one logit for each word that could stand nearby
-    model = nn.Sequential(embedding, head).to(DEVICE)
+    output_layer = nn.Linear(WIDTH, vocab_size)  # one logit for each word that could stand nearby
+    model = nn.Sequential(embedding, output_layer).to(DEVICE)
     batches = [(batch[:, 0], batch[:, 1]) for batch in pairs.split(BATCH_SIZE)]
     train(model, batches, F.cross_entropy)  # predict the neighbor from the word
     vectors = embedding.weight.detach()
@@ -96,7 +96,8 @@ def draw(vectors):  # [24, WIDTH]
     points = (vectors @ directions).cpu().numpy()  # [24, 2]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(*points.reshape(-1, 2, 2).T, marker="o")  # a line for each two points
+    for pair in points.reshape(-1, 2, 2):
+        axis.plot(pair[:, 0], pair[:, 1], marker="o")
     for word, point in zip(ALIKE.split(), points, strict=True):
         axis.annotate(word, point, fontsize=8, xytext=(4, 4), textcoords="offset points")
     return figure
@@ -107,7 +108,8 @@ def main(quick=False):
     pairs_loss = train_on_pairs()
     words = read_words()
     vocabulary = ["<unk>"] + [word for word, n in Counter(words).most_common() if n >= 20]
-    print(f"Real text: {len(words):,} words, {len(vocabulary) - 1:,} of them in the vocabulary")
+    count = len(vocabulary) - 1
+    print(f"Real text: {len(words):,} words. The {count:,} most frequent ones get a vector")
     index = {word: number for number, word in enumerate(vocabulary)}
     ids = look_up([word for word in words if word in index], index)
     vectors = train_on_text(ids[:20_000] if quick else ids, len(index))

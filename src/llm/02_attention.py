@@ -5,9 +5,9 @@ Needs:  nothing
 Makes:  models/plots/llm-02_attention.png
 Expect: weights_sum = 1.0000, future_weight = 0.0000
 
-Each word asks a question (its query), carries a label (its key) and a message (its value). If a
-label fits a question, its message gets a large weight. The weighted sum of the messages is the
-word's new vector.
+Each word has a query (what it looks for), a key (what it offers) and a value (what it passes on).
+If a key fits a query, its value gets a large weight. The weighted sum of the values is the word's
+new vector.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WIDTH = 8  # numbers per word
 SEED = 42
 
 
-# MODEL: attention with a single head.
+# MODEL: queries, keys and values are three products of the same words.
 def attend(q, k, v, causal=False):  # [N, T, d] each
     """softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, arXiv:1706.03762): output and weights."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [N, T, T]

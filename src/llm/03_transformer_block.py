@@ -6,7 +6,7 @@ Makes:  nothing
 Expect: block = 776, twelve_blocks = 9,312, gpt2_small = 124,439,808, prenorm_loss <= 0.85
 
 Attention moves information between words. Then a small network works on each word by itself. Both
-add their result to what was there, so the first words still reach the last of a hundred blocks.
+add their result to their input, so that a stack of many blocks still knows what came in.
 """
 
 import argparse

@@ -63,7 +63,7 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.c_attn = nn.Linear(WIDTH, 3 * WIDTH)  # queries, keys and values at once
-        self.c_proj = nn.Linear(WIDTH, WIDTH)
+        self.c_proj = nn.Linear(WIDTH, WIDTH)  # mixes the results of the heads
 
     def forward(self, x):  # [N, T, WIDTH]
         N, T, _ = x.shape
@@ -144,7 +144,7 @@ def train(model, tokenizer, tokens, validation, steps):
                 loss = language_loss(model, batch)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # limits the step of an odd batch
             optimizer.step()
             schedule.step()
             losses.append(loss.item())  # a number: kept tensors would fragment the memory

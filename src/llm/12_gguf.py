@@ -30,7 +30,7 @@ SESSION.trust_env = False  # no proxy between this machine and itself
 
 # WRITE: first a header of names and values, with the tokenizer, then the tensors.
 def add_header(writer, config, tokenizer, form):
-    # Ollama reads 0, the number of F32, as unknown. Its option -q then refuses the file.
+    # 7 is Q8_0, and 1 is F16. Not 0 for F32: Ollama's option -q would refuse the file.
     writer.add_file_type(7 if form == "Q8_0" else 1)
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
@@ -123,7 +123,7 @@ def ask_torch(model, tokenizer, prompt):
 
 
 def measure_agreement(url, name, tokenizer, texts):
-    """Let Ollama continue the texts. Return the share of tokens that are PyTorch's."""
+    """Let Ollama continue the texts. Return the share of tokens before the first difference."""
     greedy = {"temperature": 0, "repeat_penalty": 1, "num_predict": LENGTH}
     same = 0
     total = 0
@@ -136,7 +136,7 @@ def measure_agreement(url, name, tokenizer, texts):
             print(f"  Not compared: {incomplete + rest!r}")
             theirs = theirs[: len(whole)]
         pair = [tokenizer.encode(whole), tokenizer.encode(theirs)]
-        same += len(os.path.commonprefix(pair))
+        same += len(os.path.commonprefix(pair))  # equal tokens at the beginning
         total += len(max(pair, key=len))
     return f"{same / total:.2%}" if total >= 20 else "not measured"
 

@@ -108,12 +108,12 @@ def create_model(url, name, files, **settings):
 
 # COMPARE: the most likely answer of each program to each question.
 def choose_questions():
-    """Return eight learned terms in words that were not learned, and eight terms never seen."""
+    """Return eight learned terms in words that were not learned, and eight others."""
     with (ROOT / "data/qa.jsonl").open(encoding="utf-8-sig") as file:
         rows = [json.loads(line) for line in file if line.strip()]
     learned = [row["questions"][-1] for row in rows if row["split"] == "train"]
     unseen = [row["questions"][0] for row in rows if row["split"] == "test"]
-    return {"Learned terms, in new words": learned[::5][:8], "Terms never seen": unseen[:8]}
+    return {"Learned terms, in new words": learned[::5][:8], "Terms not taught": unseen[:8]}
 
 
 def answers_agree(model, tokenizer, url, name, question):
