@@ -350,7 +350,7 @@ def test_json_lines_are_read_as_they_are_defined(lora, tmp_path):
     ("content", "complaint"),
     [
         (None, "No such file"),
-        ("", "line 0: .*train and of the split test"),
+        ("", "line 1: .*train and of the split test"),
         (b"\xff\xfe", "invalid start byte"),
         ([row()], "train and of the split test"),
         ([row("test")], "train and of the split test"),
