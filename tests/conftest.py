@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("smoke")
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -33,6 +35,12 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // workers))
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no process waits for one at the end."""
+    longest = ["test_drawing", "test_smoke_llm", "test_smoke"]
+    items.sort(key=lambda item: item.path.stem in longest and -longest.index(item.path.stem) - 1)
 
 
 @pytest.fixture(scope="session")
