@@ -39,8 +39,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that no process waits for one at the end."""
-    longest = ["test_drawing", "test_smoke_llm", "test_smoke"]
-    items.sort(key=lambda item: item.path.stem in longest and -longest.index(item.path.stem) - 1)
+    first = {"test_smoke": 0, "test_smoke_llm": 1, "test_drawing": 2}
+    items.sort(key=lambda item: first.get(item.path.stem, 3))
 
 
 @pytest.fixture(scope="session")
