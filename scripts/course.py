@@ -75,6 +75,11 @@ def find_lessons(root=ROOT):
     return lessons
 
 
+def find_makers(root=ROOT):
+    """Return {file: the lesson that makes it}."""
+    return {file: lesson for lesson in find_lessons(root).values() for file in lesson.makes}
+
+
 # RESULTS
 def parse_number(text):
     """Read 98.5%, 52,138 or 0.05 as a number; return any other text as it is."""

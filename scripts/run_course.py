@@ -24,6 +24,7 @@ from course import (
     broken_promises,
     capture_path,
     find_lessons,
+    find_makers,
     last_line,
     read_words,
     write_json,
@@ -119,14 +120,13 @@ def state_of(lesson, quick=False):
 # RUN
 def find_todo(lessons, quick):
     """Return the lessons that are not done, with those that make what they need, in order."""
-    course = find_lessons()
-    makers = {file: name for name, lesson in course.items() for file in lesson.makes}
+    makers = find_makers()
     wanted = set(lessons)
     todo = {}
-    for name, lesson in reversed(course.items()):  # a file is made before it is needed
+    for name, lesson in reversed(find_lessons().items()):  # a file is made before it is needed
         if name in wanted and state_of(lesson, quick)[0] != "done":
             todo[name] = lesson
-            wanted.update(makers[file] for file in lesson.needs)
+            wanted.update(makers[file].name for file in lesson.needs)
     return dict(reversed(todo.items()))
 
 
@@ -240,10 +240,10 @@ def set_constant(text, edit):
 
 
 def try_lesson(lesson, edits, quick):
-    if missing := find_missing(lesson.needs, quick):
-        flag = " --quick" if quick else ""
-        command = f"uv run scripts/run_course.py run {lesson.name}{flag}"
-        sys.exit(f"{', '.join(missing)} is missing. Make it with: {command}")
+    for file in lesson.needs:
+        for path in find_missing([file], quick):
+            command = find_makers()[file].card["Run"] + (" --quick" if quick else "")
+            sys.exit(f"{path} is missing. Make it with: {command}")
     copy = make_copy(lesson, edits, ROOT / "models" / "scratch" / lesson.path.stem, quick)
     print(f"Running {copy.relative_to(ROOT)}")
     run = run_lesson(lesson, quick, copy)

@@ -78,12 +78,11 @@ def test_a_lesson_stands_alone_and_is_portable():
 def test_what_takes_seconds_to_import_is_imported_inside_the_guard():
     """Ctrl-C in these seconds ends in the guard's sentence."""
     for name, lesson in LESSONS.items():
-        if name.startswith("llm/"):
-            first = ast.parse(lesson.text).body
-            froms = {node.module for node in first if isinstance(node, ast.ImportFrom)}
-            plain = [node for node in first if isinstance(node, ast.Import)]
-            modules = froms | {alias.name for node in plain for alias in node.names}
-            assert not {module.split(".")[0] for module in modules} & {"transformers", "peft"}, name
+        first = ast.parse(lesson.text).body
+        froms = {node.module for node in first if isinstance(node, ast.ImportFrom)}
+        plain = [node for node in first if isinstance(node, ast.Import)]
+        modules = froms | {alias.name for node in plain for alias in node.names}
+        assert not {module.split(".")[0] for module in modules} & {"transformers", "peft"}, name
 
 
 def test_the_readme_shows_the_lines_that_are_a_lessons_idea():

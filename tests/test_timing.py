@@ -56,7 +56,7 @@ def noisy(random, seconds, rounds=21):
 )
 def test_a_tenth_is_found_and_rarely_a_difference_that_is_not_there(timing, factor, expected):
     random = np.random.default_rng(1)
-    trials = 200
+    trials = 400
     verdicts = [timing.compare(noisy(random, 1.0), noisy(random, factor))[3] for _ in range(trials)]
     assert verdicts.count(expected) >= 0.95 * trials
 
@@ -444,8 +444,10 @@ def test_the_engines_take_turns_and_percentiles_are_those_of_single_calls(
 def test_memory_that_a_call_gives_back_is_counted_once(latency):
     call = lambda: torch.ones(32, 2**18)  # 32 MiB
     if latency.DEVICE.type == "cpu":
-        peaks = [latency.measure_memory(call) for _ in range(5)]
-        assert max(peaks) == pytest.approx(32, abs=4)  # less, where Linux takes other pages away
+        # Less is measured while Linux takes other pages away from this process, and never more.
+        pairs = [[latency.measure_memory(call) for _ in range(2)] for _ in range(5)]
+        assert any(pair == pytest.approx([32, 32], abs=4) for pair in pairs), pairs
+        assert max(max(pair) for pair in pairs) <= 36
 
 
 def test_an_engine_that_cannot_run_is_left_out_with_its_reason(latency, small, capsys, monkeypatch):

@@ -28,8 +28,8 @@ def make_images(count):
     return images, torch.randint(10, (count,), device=DEVICE)
 
 
-# MODEL: few weights, many activations. GroupNorm gives the numbers of each image a mean of 0 and a
-# variance of 1. With BatchNorm, they would depend on the other images in their part of the batch.
+# MODEL: few weights, many activations. GroupNorm gives each group of an image's channels a mean
+# of 0 and a variance of 1. BatchNorm would use the other images in the part of the batch, too.
 def build_deep_network():
     model = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1))  # [N, 16, 14, 14]
     for _ in range(4):  # blocks of two convolutions

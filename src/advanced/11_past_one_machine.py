@@ -75,7 +75,7 @@ def resume(model, optimizer, path):
         return 0
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])  # its momentum: the average of past gradients
+    optimizer.load_state_dict(state["optimizer"])  # its momentum: a fading sum of past gradients
     return state["step"]
 
 

@@ -39,7 +39,7 @@ def make_schedule(name, optimizer, epochs):
             return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
         case "CosineAnnealingLR":  # along a cosine, almost to zero
             return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-        case "OneCycleLR":  # up to the maximum, then down; + 1: or the last epoch has a rate of 0
+        case "OneCycleLR":  # up, then down; without + 1, the last rate is almost 0
             return lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs + 1)
         case "fixed":  # the same rate in each epoch
             return lr_scheduler.ConstantLR(optimizer, factor=1)
